@@ -1,0 +1,115 @@
+// Package block is the currency of mpathd: the request that travels from an
+// NBD connection to a path and back, the device that takes it, the plug that
+// batches system calls, and the error kinds they share. It does no I/O.
+package block
+
+import "errors"
+
+// Op is what a Request asks for.
+type Op uint8
+
+// The operations, in the order of the NBD commands they come from.
+const (
+	Read Op = iota
+	Write
+	Flush
+	Trim
+	WriteZeroes
+)
+
+// String returns the operation's name as it is logged.
+func (o Op) String() string {
+	switch o {
+	case Read:
+		return "read"
+	case Write:
+		return "write"
+	case Flush:
+		return "flush"
+	case Trim:
+		return "trim"
+	case WriteZeroes:
+		return "write-zeroes"
+	}
+	return "unknown"
+}
+
+// Flags modify an operation.
+type Flags uint8
+
+const (
+	// FUA makes a mutation durable before it completes.
+	FUA Flags = 1 << iota
+	// NoUnmap forbids WriteZeroes to deallocate (NBD_CMD_FLAG_NO_HOLE).
+	NoUnmap
+)
+
+// Request is one I/O. It is decoded once, never copied, and waits in at most
+// one place. Whoever holds the request owns Data; Submit passes the request to
+// the device and Complete passes it back.
+type Request struct {
+	Op    Op
+	Flags Flags
+	// Off and Len are bytes; both are validated and multiples of the device's
+	// block size. Len is 0 for Flush.
+	Off, Len int64
+	// Data is Len bytes for Read (filled by the device) and Write, else nil.
+	Data []byte
+	// Owner is told when the request is done; Tag is the owner's own index.
+	Owner Completer
+	Tag   uint64
+	// Err is the outcome: nil or one of this package's error kinds.
+	Err error
+	// Route is scratch space of the device while it holds the request.
+	Route Route
+}
+
+// Route is the device's scratch space in a Request. No other code reads it.
+type Route struct {
+	Next    *Request // link in the one queue the request waits in
+	Start   int64    // monotonic ns at first submission
+	Pos     int64    // bytes of Len already handed to attempts
+	Pending int32    // attempts in flight
+	Tries   int32    // failed attempts so far
+	State   uint32   // the device's own state bits
+}
+
+// A Completer takes finished requests back. Complete never blocks, allocates
+// or logs; it may be called from any goroutine, and it may submit again.
+type Completer interface {
+	Complete(r *Request, p *Plug)
+}
+
+// A Device serves requests. Submit never blocks and never fails: each request
+// is completed exactly once, possibly before Submit returns. System calls that
+// the request needs may wait in p until p.Flush.
+type Device interface {
+	Geometry() Geometry
+	Submit(r *Request, p *Plug)
+}
+
+// Geometry is what a device is and what it can do.
+type Geometry struct {
+	Size          int64 // bytes, a multiple of BlockSize
+	BlockSize     int   // logical block, bytes: the unit of Off and Len
+	PhysicalBlock int   // physical block, bytes (>= BlockSize)
+	OptimalIO     int   // preferred I/O size in bytes, 0 if unknown
+	ReadOnly      bool
+	Rotational    bool
+	Trim          bool // Trim does something
+	WriteCache    bool // a volatile cache exists, so Flush matters
+}
+
+// Error kinds. Hot paths compare and copy these; they never build errors.
+var (
+	ErrIO          = errors.New("input/output error")
+	ErrMedium      = errors.New("unrecovered medium error")
+	ErrNoSpace     = errors.New("no space left on device")
+	ErrReadOnly    = errors.New("device is write protected")
+	ErrInvalid     = errors.New("invalid request")
+	ErrOutOfRange  = errors.New("request beyond the end of the device")
+	ErrNotSup      = errors.New("operation not supported")
+	ErrReservation = errors.New("reservation conflict")
+	ErrNoPath      = errors.New("no usable path")
+	ErrShutdown    = errors.New("device is shutting down")
+)

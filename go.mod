@@ -1,0 +1,3 @@
+module github.com/mpathd/mpathd
+
+go 1.26
