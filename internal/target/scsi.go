@@ -31,6 +31,7 @@ const (
 	maxUnmapBytes     = 1 << 30
 	maxUnmapDescr     = 256
 	saReadCapacity16  = 0x10
+	saGetLBAStatus    = 0x12
 	pageCaching       = 0x08
 	pageControl       = 0x0a
 	pageAll           = 0x3f
@@ -65,8 +66,12 @@ func (c *conn) execute(r *request, param []byte) ([]byte, Sense) {
 		binary.BigEndian.PutUint32(b[4:], uint32(lu.blockSize))
 		return b, noSense
 	case opServiceIn16:
-		if cdb[1]&0x1f != saReadCapacity16 {
-			return nil, errField
+		switch cdb[1] & 0x1f {
+		case saReadCapacity16:
+		case saGetLBAStatus:
+			return c.lbaStatus(lu, cdb)
+		default:
+			return nil, errOpcode
 		}
 		b := c.scratch[:32]
 		clear(b)
@@ -248,6 +253,29 @@ func (c *conn) modeSense(r *request, ten bool) []byte {
 	}
 	b[0], b[2] = byte(len(b)-1), device
 	return cut(b, uint32(r.cdb[4]))
+}
+
+// lbaStatus is GET LBA STATUS (SBC-3 5.6) with one descriptor: whether the
+// memory from this block on exists, up to where that changes.
+func (c *conn) lbaStatus(lu *LU, cdb *[16]byte) ([]byte, Sense) {
+	lba := binary.BigEndian.Uint64(cdb[2:])
+	if lba >= lu.size>>lu.shift {
+		return nil, errRange
+	}
+	i := lba << lu.shift >> chunkShift
+	none := lu.chunks[i].Load() == nil
+	for i++; i < uint64(len(lu.chunks)) && (lu.chunks[i].Load() == nil) == none; i++ {
+	}
+	b := c.scratch[:24]
+	clear(b)
+	b[3] = 20
+	binary.BigEndian.PutUint64(b[8:], lba)
+	end := min(i<<chunkShift, lu.size) >> lu.shift
+	binary.BigEndian.PutUint32(b[16:], uint32(min(end-lba, 1<<31)))
+	if none {
+		b[20] = 1 // deallocated
+	}
+	return cut(b, binary.BigEndian.Uint32(cdb[10:])), noSense
 }
 
 // unmap zeroes the ranges of an UNMAP parameter list (SBC-3 5.28).
