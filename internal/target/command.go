@@ -46,7 +46,8 @@ func (r *request) wantsData() bool { return r.flags&pdu.CmdRead != 0 && r.edtl >
 
 // scsiCommand takes one SCSI Command PDU with its immediate data.
 func (c *conn) scsiCommand(h *pdu.Header, data []byte) bool {
-	r := request{
+	r := &c.req
+	*r = request{
 		itt: h.ITT(), edtl: h.EDTL(), cmdSN: h.CmdSN(), flags: h.Flags(),
 		lun: h.LUN(), cdb: *h.CDB(),
 	}
@@ -58,7 +59,7 @@ func (c *conn) scsiCommand(h *pdu.Header, data []byte) bool {
 	}
 	c.tally.Commands++
 	c.count++
-	c.decode(&r)
+	c.decode(r)
 	var act Action
 	scripted := false
 	if hook := c.srv.hook.Load(); hook != nil {
@@ -71,17 +72,17 @@ func (c *conn) scsiCommand(h *pdu.Header, data []byte) bool {
 			act.ShortBy != 0 || act.Inject != nil || act.Reset
 	}
 	if r.isWrite() && (len(data) < int(r.edtl) || scripted) {
-		return c.begin(&r, data, h.IsFinal(), scripted, &act)
+		return c.begin(r, data, h.IsFinal(), scripted, &act)
 	}
 	if scripted {
-		return c.script(&r, nil, &act)
+		return c.script(r, nil, &act)
 	}
 	if r.block && r.isWrite() && r.sense == noSense {
 		c.tally.Writes++
 		c.tally.WrittenBytes += r.n
 		r.store(data)
 	}
-	c.finish(&r, data, 0)
+	c.finish(r, data, 0)
 	return true
 }
 

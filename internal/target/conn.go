@@ -57,7 +57,8 @@ type conn struct {
 	text     []byte // rest of a long text answer
 	count    uint64
 	scratch  [4096]byte
-	cmd      Cmd // what the hook sees
+	req      request // the command in hand, here so that it is not allocated
+	cmd      Cmd     // what the hook sees
 	tally    Stats
 }
 
