@@ -88,6 +88,9 @@ func (c *conn) scsiCommand(h *pdu.Header, data []byte) bool {
 
 // lookup finds the LU of a raw LUN, peripheral or flat (SAM-5 4.7.5).
 func (c *conn) lookup(l *[8]byte) (*LU, int) {
+	if c.target == nil { // a discovery session
+		return nil, -1
+	}
 	n := int(l[1])
 	switch l[0] >> 6 {
 	case 0:

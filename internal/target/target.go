@@ -58,6 +58,7 @@ type Server struct {
 
 	mu       sync.Mutex
 	portals  []*Portal
+	nextPort uint16 // relative target port of the last portal
 	sessions map[nexus]*conn
 	late     map[*deferred]struct{}
 	wg       sync.WaitGroup // connections and accept loops
@@ -121,12 +122,15 @@ func (s *Server) Listen(addr string, targets ...string) (*Portal, error) {
 		}
 	}
 	p := &Portal{srv: s, addr: addr, targets: targets, conns: map[*conn]struct{}{}, group: 1}
+	s.mu.Lock()
+	s.nextPort++
+	p.index = s.nextPort
+	s.mu.Unlock()
 	if err := p.Start(); err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	s.portals = append(s.portals, p)
-	p.index = uint16(len(s.portals))
 	s.mu.Unlock()
 	return p, nil
 }
