@@ -1,0 +1,167 @@
+package nbd
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+
+	"github.com/mpathd/mpathd/nbd/proto"
+)
+
+// Bounds of a handshake, so that a client costs little before it is known.
+const (
+	maxOption  = 64 << 10 // bytes of one option's data
+	maxOptions = 64
+)
+
+var be = binary.BigEndian
+
+// handshake negotiates (proto.md, "Fixed newstyle negotiation") and returns
+// the chosen export, or nil when the client left in peace.
+func (s *Server) handshake(c net.Conn) (*export, error) {
+	var b [18]byte
+	be.PutUint64(b[0:], proto.Magic)
+	be.PutUint64(b[8:], proto.OptionMagic)
+	be.PutUint16(b[16:], proto.FlagFixedNewstyle|proto.FlagNoZeroes)
+	if _, err := c.Write(b[:]); err != nil {
+		return nil, err
+	}
+	if _, err := io.ReadFull(c, b[:4]); err != nil {
+		return nil, err
+	}
+	flags := be.Uint32(b[:])
+	if flags&^uint32(proto.FlagFixedNewstyle|proto.FlagNoZeroes) != 0 {
+		return nil, fmt.Errorf("unknown client flags %#x", flags)
+	}
+	for range maxOptions {
+		if _, err := io.ReadFull(c, b[:16]); err != nil {
+			if err == io.EOF {
+				return nil, nil
+			}
+			return nil, err
+		}
+		opt, n := be.Uint32(b[8:]), be.Uint32(b[12:])
+		if be.Uint64(b[:]) != proto.OptionMagic || n > maxOption {
+			return nil, errors.New("bad option header")
+		}
+		data := make([]byte, n)
+		if _, err := io.ReadFull(c, data); err != nil {
+			return nil, err
+		}
+		if flags&uint32(proto.FlagFixedNewstyle) == 0 && opt != proto.OptExportName {
+			return nil, errors.New("option from a client without fixed newstyle")
+		}
+		x, done, err := s.option(c, opt, data, flags)
+		if err != nil || done {
+			return x, err
+		}
+	}
+	return nil, errors.New("too many options")
+}
+
+func reply(c net.Conn, opt, typ uint32, data []byte) error {
+	b := make([]byte, 20, 20+len(data))
+	be.PutUint64(b[0:], proto.ReplyMagic)
+	be.PutUint32(b[8:], opt)
+	be.PutUint32(b[12:], typ)
+	be.PutUint32(b[16:], uint32(len(data)))
+	_, err := c.Write(append(b, data...))
+	return err
+}
+
+func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32) (x *export, done bool, err error) {
+	switch opt {
+	case proto.OptExportName:
+		if x = s.find(string(data)); x == nil {
+			return nil, true, fmt.Errorf("unknown export %.80q", data)
+		}
+		b := make([]byte, 10+124)
+		be.PutUint64(b, uint64(x.limits.Size))
+		be.PutUint16(b[8:], x.limits.Flags)
+		if flags&uint32(proto.FlagNoZeroes) != 0 {
+			b = b[:10]
+		}
+		_, err = c.Write(b)
+		return x, true, err
+	case proto.OptAbort:
+		reply(c, opt, proto.RepAck, nil)
+		return nil, true, nil
+	case proto.OptList:
+		if len(data) != 0 {
+			return nil, false, reply(c, opt, proto.RepErrInvalid, nil)
+		}
+		for _, n := range s.names() {
+			b := binary.BigEndian.AppendUint32(nil, uint32(len(n)))
+			if err := reply(c, opt, proto.RepServer, append(b, n...)); err != nil {
+				return nil, true, err
+			}
+		}
+		return nil, false, reply(c, opt, proto.RepAck, nil)
+	case proto.OptInfo, proto.OptGo:
+		x, err = s.info(c, opt, data)
+		return x, err != nil || x != nil && opt == proto.OptGo, err
+	}
+	return nil, false, reply(c, opt, proto.RepErrUnsup, nil)
+}
+
+// info answers INFO and GO; x is nil when the option failed in peace.
+func (s *Server) info(c net.Conn, opt uint32, data []byte) (*export, error) {
+	if len(data) < 6 {
+		return nil, reply(c, opt, proto.RepErrInvalid, nil)
+	}
+	n := int64(be.Uint32(data))
+	if n > int64(len(data)-6) || n > proto.MaxString {
+		return nil, reply(c, opt, proto.RepErrInvalid, nil)
+	}
+	name, infos := string(data[4:4+n]), data[4+n:]
+	count := int(be.Uint16(infos))
+	if infos = infos[2:]; len(infos) != 2*count {
+		return nil, reply(c, opt, proto.RepErrInvalid, nil)
+	}
+	x := s.find(name)
+	if x == nil {
+		return nil, reply(c, opt, proto.RepErrUnknown, []byte("no such export"))
+	}
+	g := x.Device.Geometry()
+	send := func(typ uint16, fields ...any) error {
+		b := binary.BigEndian.AppendUint16(nil, typ)
+		for _, f := range fields {
+			switch v := f.(type) {
+			case uint64:
+				b = be.AppendUint64(b, v)
+			case uint32:
+				b = be.AppendUint32(b, v)
+			case uint16:
+				b = be.AppendUint16(b, v)
+			case string:
+				b = append(b, v...)
+			}
+		}
+		return reply(c, opt, proto.RepInfo, b)
+	}
+	if err := send(proto.InfoExport, uint64(x.limits.Size), x.limits.Flags); err != nil {
+		return nil, err
+	}
+	preferred := max(4096, g.PhysicalBlock, g.BlockSize)
+	if g.OptimalIO > preferred && g.OptimalIO <= 1<<20 && g.OptimalIO&(g.OptimalIO-1) == 0 {
+		preferred = g.OptimalIO
+	}
+	if err := send(proto.InfoBlockSize, uint32(g.BlockSize), uint32(preferred), uint32(proto.MaxPayload)); err != nil {
+		return nil, err
+	}
+	for ; len(infos) > 0; infos = infos[2:] {
+		var err error
+		switch be.Uint16(infos) {
+		case proto.InfoName:
+			err = send(proto.InfoName, x.Name)
+		case proto.InfoDescription:
+			err = send(proto.InfoDescription, x.Description)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return x, reply(c, opt, proto.RepAck, nil)
+}
