@@ -215,3 +215,11 @@ func (l *LUInfo) capacity(ctx context.Context, d Doer) error {
 	l.Blocks, l.BlockSize, l.PhysicalBlock, l.Zeroes = c.Blocks, c.BlockSize, c.PhysicalBlock, c.Zeroes
 	return nil
 }
+
+// ReadBlocks reads and forgets blocks of the unit: what checkers do.
+func ReadBlocks(ctx context.Context, d Doer, lun [8]byte, lba uint64, blocks, blockSize int, use16 bool) error {
+	var cdb scsi.CDB
+	scsi.Read(&cdb, lba, uint32(blocks), use16)
+	_, err := run(ctx, d, "READ", lun, cdb, blocks*blockSize)
+	return err
+}

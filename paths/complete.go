@@ -1,0 +1,138 @@
+package paths
+
+import (
+	"sync/atomic"
+	"time"
+
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/scsi"
+)
+
+const (
+	boundedTries = 5
+	retryPause   = 100 * time.Millisecond
+)
+
+// attempt is one command of a request on one path. Attempts are made with
+// their path and reused.
+type attempt struct {
+	cmd         initiator.Command
+	path        *Path
+	req         *block.Request
+	size        int64
+	start       int64
+	wasDirty    bool
+	unsupported *atomic.Bool // set when the unit does not know the command
+	list        [scsi.UnmapListLen]byte
+	next        *attempt
+}
+
+// Done takes a command back from its session (initiator.Doner).
+//
+// A write that comes back with ErrSessionLost and Delivery Sent may still
+// execute behind the dead path: cmd.Result.Delivery is where write protection
+// against such late copies attaches.
+func (a *attempt) Done(c *initiator.Command, p *block.Plug) {
+	pt, r, g := a.path, a.req, a.path.g
+	pt.load.InFlight.Add(-1)
+	pt.load.Bytes.Add(-a.size)
+	act := classify(&c.Result)
+	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
+	switch {
+	case act.Verb == Done:
+		pt.ios.Add(1)
+		pt.latency.add(now() - a.start)
+		if !flush && r.Op != block.Read && !pt.dirty.Load() {
+			pt.dirty.Store(true)
+		}
+	default:
+		pt.errors.Add(1)
+		if flush {
+			r.Route.State &^= 1 << pt.index
+			if a.wasDirty {
+				pt.dirty.Store(true)
+			}
+		}
+	}
+	size, unsupported := a.size, a.unsupported
+	a.req = nil
+	c.Data = nil
+	if act.Verb == FailPath {
+		pt.failIO(&c.Result)
+	}
+	pt.give(a)
+	switch act.Verb {
+	case Done:
+		g.advance(r, size, flush, p)
+	case RetryElsewhere, FailPath:
+		g.retry(r, act, pt, p)
+	case RetryHere:
+		g.retry(r, act, nil, p)
+	case Unsupported:
+		switch {
+		case unsupported != nil:
+			unsupported.Store(true)
+			g.retry(r, Action{}, nil, p)
+		case flush && !pt.sync10.Load():
+			pt.sync10.Store(true)
+			g.retry(r, Action{}, nil, p)
+		default:
+			g.finish(r, act.Err, p)
+		}
+	case FailUp:
+		g.finish(r, act.Err, p)
+	}
+	if g.waiting.Load() > 0 {
+		g.drain(p)
+	}
+}
+
+// advance books size bytes as done and goes on with the request or ends it.
+func (g *Group) advance(r *block.Request, size int64, flush bool, p *block.Plug) {
+	if !flush {
+		r.Route.Pos += size
+		if r.Route.Pos < r.Len {
+			g.proceed(r, nil, p)
+			return
+		}
+		fua := r.Flags&block.FUA != 0 && r.Op != block.Read
+		if fua && g.info.WriteCache && (r.Op != block.Write || !g.info.DPOFUA) {
+			r.Route.State = stateSynced
+			g.proceed(r, nil, p)
+			return
+		}
+		g.finish(r, nil, p)
+		return
+	}
+	g.proceed(r, nil, p) // the next dirty cache, or the end
+}
+
+func (g *Group) finish(r *block.Request, err error, p *block.Plug) {
+	r.Err = err
+	r.Owner.Complete(r, p)
+}
+
+// proceed starts the next command, or queues the request.
+func (g *Group) proceed(r *block.Request, avoid *Path, p *block.Plug) {
+	if !g.start(r, avoid, p) {
+		g.enqueue(r)
+		g.drain(p)
+	}
+}
+
+func (g *Group) retry(r *block.Request, act Action, avoid *Path, p *block.Plug) {
+	if r.Route.Tries++; act.Bounded && r.Route.Tries > boundedTries {
+		g.finish(r, act.Err, p)
+		return
+	}
+	if act.Pause {
+		time.AfterFunc(retryPause, func() { // off the fast path: the target asked for patience
+			var p block.Plug
+			g.proceed(r, avoid, &p)
+			p.Flush()
+		})
+		return
+	}
+	g.proceed(r, avoid, p)
+}

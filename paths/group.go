@@ -1,0 +1,368 @@
+// Package paths makes one device out of several paths to the same logical
+// unit: a Group is a block.Device that picks a path for each request, retries
+// elsewhere, queues while no path is left, and brings paths back.
+package paths
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/checker"
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/selector"
+)
+
+// Session is a way to the target; *initiator.Session is one.
+type Session interface {
+	Submit(c *initiator.Command, p *block.Plug) bool
+	Do(ctx context.Context, c *initiator.Command) error
+	Abort(cause error)
+	Close(ctx context.Context) error
+	Done() <-chan struct{}
+}
+
+// Opener logs in anew, with the ISID that belongs to the path.
+type Opener func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error)
+
+// no_path_retry values besides a number of checks.
+const (
+	Queue = -1 // wait for a path for ever
+	Fail  = 0  // fail at once
+)
+
+// Config is the policy of a map.
+type Config struct {
+	Alias, WWID        string
+	Policy             string // failover or multibus
+	Selector           string
+	Checker            string
+	Manual             bool // failback manual instead of immediate
+	NoPathRetry        int  // Queue, Fail or a number of polling intervals
+	PollingInterval    time.Duration
+	MaxPollingInterval time.Duration
+	CheckTimeout       time.Duration
+	Merge              bool // the WWID was named by the operator: trust a numbered default ID
+	QueueDepth         int  // commands per path, default 128
+	Logger             *slog.Logger
+}
+
+// Group is one logical unit through its paths. See the package comment.
+type Group struct {
+	cfg      Config
+	info     *initiator.LUInfo
+	geometry block.Geometry
+	checker  checker.Checker
+	selector selector.Selector
+	log      *slog.Logger
+	zeroes   []byte // source of written zeroes, never modified
+	maxIO    int64  // bytes per command
+
+	noUnmap, noSame atomic.Bool // the unit turned out not to know these
+	table           atomic.Pointer[table]
+	waiting         atomic.Int64 // requests in the queue
+	stop            chan struct{}
+	routines        sync.WaitGroup
+
+	mu       sync.Mutex
+	paths    []*Path
+	head     *block.Request
+	tail     *block.Request
+	draining bool
+	again    bool
+	closed   bool
+	active   *Path // first path of the group that serves, for manual failback
+	giveUp   *time.Timer
+	failing  bool // no_path_retry is used up
+	forced   int  // operator's queue on (1) or off (-1)
+}
+
+// table is what Submit looks at: immutable, published whole.
+type table struct {
+	paths []*Path // of the active group, that serve
+	loads []*selector.Load
+	all   []*Path // of every group, that serve
+}
+
+const maxCommand = 4 << 20 // bytes; larger requests go in steps
+
+// NewGroup makes a map of the logical unit that first describes. It has no path yet.
+func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
+	if c.Policy == "" {
+		c.Policy = "failover"
+	}
+	if c.Policy != "failover" && c.Policy != "multibus" {
+		return nil, fmt.Errorf("map %s: path_grouping_policy %q: want failover or multibus", c.Alias, c.Policy)
+	}
+	sel, err := selector.New(c.Selector)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+	}
+	chk, err := checker.New(c.Checker)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+	}
+	if c.PollingInterval <= 0 {
+		c.PollingInterval = 5 * time.Second
+	}
+	if c.MaxPollingInterval < c.PollingInterval {
+		c.MaxPollingInterval = 4 * c.PollingInterval
+	}
+	if c.CheckTimeout <= 0 {
+		c.CheckTimeout = 30 * time.Second
+	}
+	if c.QueueDepth <= 0 {
+		c.QueueDepth = 128
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	g := &Group{cfg: c, info: first, selector: sel, checker: chk, log: c.Logger.With("map", c.Alias), stop: make(chan struct{})}
+	bs := int64(first.BlockSize)
+	g.maxIO = maxCommand
+	if first.MaxTransfer > 0 {
+		g.maxIO = min(g.maxIO, int64(first.MaxTransfer)*bs)
+	}
+	if !first.Use16 {
+		g.maxIO = min(g.maxIO, 65535*bs)
+	}
+	g.zeroes = make([]byte, min(g.maxIO, 256<<10)&^(bs-1))
+	g.geometry = block.Geometry{
+		Size: first.Size(), BlockSize: first.BlockSize, PhysicalBlock: first.PhysicalBlock, OptimalIO: int(first.OptTransfer) * first.BlockSize,
+		ReadOnly: first.ReadOnly, Rotational: first.Rotational, Trim: first.Unmap, WriteCache: first.WriteCache,
+	}
+	g.table.Store(&table{})
+	return g, nil
+}
+
+// Geometry is the logical unit's.
+func (g *Group) Geometry() block.Geometry { return g.geometry }
+
+// Info describes the logical unit.
+func (g *Group) Info() *initiator.LUInfo { return g.info }
+
+// Config is the map's policy.
+func (g *Group) Config() Config { return g.cfg }
+
+// SameLU tells why two logical units must not be one map, or nil. An ID that
+// only counts a target's own numbers says nothing across target names, unless
+// merge says that the operator vouches for it.
+func SameLU(a, b *initiator.LUInfo, targetA, targetB string, merge bool) error {
+	switch {
+	case a.WWID == "" || a.WWID != b.WWID:
+		return fmt.Errorf("its ID is %q, the map's is %q", b.WWID, a.WWID)
+	case a.BlockSize != b.BlockSize:
+		return fmt.Errorf("same ID %s, but its block size is %d and the map's is %d: two disks must not share an ID", a.WWID, b.BlockSize, a.BlockSize)
+	case a.Blocks != b.Blocks:
+		return fmt.Errorf("same ID %s, but it has %d blocks and the map has %d: two disks must not share an ID", a.WWID, b.Blocks, a.Blocks)
+	case a.NumberedDefault && targetA != targetB && !merge:
+		return fmt.Errorf("ID %s is only the target's numbered default, which unrelated servers share: give the units real IDs, or name the WWID in the config or with --merge", a.WWID)
+	}
+	return nil
+}
+
+// PathConfig names a path.
+type PathConfig struct {
+	Name, URL, Portal, Target string
+	LUN                       [8]byte
+	LUNNumber                 uint64
+	Open                      Opener
+}
+
+// ErrRefused wraps every refusal of AddPath.
+var ErrRefused = errors.New("path refused")
+
+// AddPath adds a path and starts to connect it. info, if known, must match.
+func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return nil, block.ErrShutdown
+	}
+	first := pc.Target
+	if len(g.paths) > 0 {
+		first = g.paths[0].Target
+	}
+	if info != nil {
+		if err := SameLU(g.info, info, first, pc.Target, g.cfg.Merge); err != nil {
+			return nil, fmt.Errorf("%w: map %s: %w", ErrRefused, g.cfg.Alias, err)
+		}
+	}
+	if len(g.paths) == 32 {
+		return nil, fmt.Errorf("%w: map %s has 32 paths already", ErrRefused, g.cfg.Alias)
+	}
+	for _, p := range g.paths {
+		if p.Name == pc.Name {
+			return nil, fmt.Errorf("%w: map %s has path %s already", ErrRefused, g.cfg.Alias, pc.Name)
+		}
+	}
+	p := newPath(g, pc, len(g.paths))
+	g.paths = append(g.paths, p)
+	g.routines.Add(1)
+	go p.routine()
+	return p, nil
+}
+
+// publish builds and stores a new table from the states of the paths, and
+// minds no_path_retry. Caller holds mu.
+func (g *Group) publish() {
+	t := &table{}
+	for _, suspects := range []bool{false, true} {
+		for _, p := range g.paths {
+			if p.usable() && (suspects || !p.suspect) {
+				t.all = append(t.all, p)
+			}
+		}
+		if len(t.all) > 0 {
+			break
+		}
+	}
+	switch {
+	case len(t.all) == 0:
+	case g.cfg.Policy == "multibus":
+		t.paths = t.all
+	default: // failover: a group per path, the first one is best
+		pick := t.all[0]
+		if g.cfg.Manual && slices.Contains(t.all, g.active) {
+			pick = g.active
+		}
+		if g.active != nil && g.active != pick {
+			g.log.Info("path group switched", "from", g.active.Name, "to", pick.Name)
+		}
+		g.active = pick
+		t.paths = []*Path{pick}
+	}
+	for _, p := range t.paths {
+		t.loads = append(t.loads, &p.load)
+	}
+	old := g.table.Swap(t)
+	switch {
+	case len(t.all) > 0:
+		g.failing = false
+		if g.giveUp != nil {
+			g.giveUp.Stop()
+			g.giveUp = nil
+		}
+	case len(old.all) > 0 && !g.closed:
+		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
+		if n := g.cfg.NoPathRetry; n > 0 && g.giveUp == nil {
+			g.giveUp = time.AfterFunc(time.Duration(n)*g.cfg.PollingInterval, g.stopQueueing)
+		}
+	}
+}
+
+func (g *Group) retryText() string {
+	switch n := g.cfg.NoPathRetry; n {
+	case Queue:
+		return "queue"
+	case Fail:
+		return "fail"
+	default:
+		return fmt.Sprint(n)
+	}
+}
+
+// queueing tells whether requests wait when no path is left. Caller holds mu.
+func (g *Group) queueing() bool {
+	if g.forced != 0 {
+		return g.forced > 0
+	}
+	return g.cfg.NoPathRetry != Fail && !g.failing
+}
+
+func (g *Group) stopQueueing() {
+	var p block.Plug
+	g.mu.Lock()
+	if len(g.table.Load().all) == 0 {
+		g.failing = true
+	}
+	g.mu.Unlock()
+	g.drain(&p)
+	p.Flush()
+	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", g.retryText())
+}
+
+// SetQueueing overrides no_path_retry until the daemon restarts.
+func (g *Group) SetQueueing(on bool) {
+	g.mu.Lock()
+	g.forced = -1
+	if on {
+		g.forced = 1
+	}
+	g.mu.Unlock()
+	var p block.Plug
+	g.drain(&p)
+	p.Flush()
+}
+
+func (g *Group) path(name string) (*Path, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.paths {
+		if p.Name == name || p.URL == name {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("map %s has no path %q", g.cfg.Alias, name)
+}
+
+// FailPath takes a path out of service until ReinstatePath.
+func (g *Group) FailPath(name string) error {
+	p, err := g.path(name)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	p.failedByHand = true
+	p.lastError = "failed by the operator"
+	s := p.session
+	g.publish()
+	g.mu.Unlock()
+	if s != nil {
+		s.Abort(errors.New("failed by the operator"))
+	}
+	return nil
+}
+
+// ReinstatePath lets a path serve again, after login and identity check.
+func (g *Group) ReinstatePath(name string) error {
+	p, err := g.path(name)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	p.failedByHand, p.wrongLU = false, false
+	g.mu.Unlock()
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// Close ends all paths and fails what still waits with ErrShutdown.
+func (g *Group) Close(ctx context.Context) {
+	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		return
+	}
+	g.closed = true
+	if g.giveUp != nil {
+		g.giveUp.Stop()
+	}
+	close(g.stop)
+	g.mu.Unlock()
+	var p block.Plug
+	g.drain(&p)
+	p.Flush()
+	g.routines.Wait()
+	g.drain(&p)
+	p.Flush()
+}

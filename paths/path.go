@@ -1,0 +1,321 @@
+package paths
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/checker"
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/scsi"
+	"github.com/mpathd/mpathd/selector"
+)
+
+// Path is one way to the logical unit: a session and the attempts on it. Its
+// goroutine connects, verifies, checks and connects again; it shares no queue
+// and no timer with other paths.
+type Path struct {
+	PathConfig
+	g     *Group
+	index int
+	load  selector.Load
+	wake  chan struct{}
+
+	dirty    atomic.Bool // took writes since its last cache flush
+	sync10   atomic.Bool // knows only SYNCHRONIZE CACHE (10)
+	ios      atomic.Int64
+	errors   atomic.Int64
+	failures atomic.Int64
+	latency  histogram
+
+	amu  sync.Mutex
+	free *attempt
+
+	// Guarded by Group.mu.
+	session      Session
+	current      atomic.Pointer[sessionBox] // what attempts use; nil: not serving
+	up           bool                       // logged in, verified, checker content
+	suspect      bool
+	failedByHand bool
+	wrongLU      bool // answers as another disk: never served again by itself
+	checkState   checker.State
+	lastError    string
+}
+
+type sessionBox struct{ Session }
+
+func newPath(g *Group, pc PathConfig, index int) *Path {
+	p := &Path{PathConfig: pc, g: g, index: index, wake: make(chan struct{}, 1), checkState: checker.Pending}
+	block := make([]attempt, g.cfg.QueueDepth)
+	for i := range block {
+		a := &block[i]
+		a.path = p
+		a.cmd.Owner = a
+		a.next = p.free
+		p.free = a
+	}
+	return p
+}
+
+// usable tells whether I/O may go here. Caller holds Group.mu.
+func (p *Path) usable() bool { return p.up && !p.failedByHand && !p.wrongLU }
+
+// take returns an attempt and the session to use it on, or nil.
+func (p *Path) take() (*attempt, Session) {
+	box := p.current.Load()
+	if box == nil {
+		return nil, nil
+	}
+	p.amu.Lock()
+	a := p.free
+	if a != nil {
+		p.free = a.next
+	}
+	p.amu.Unlock()
+	if a == nil {
+		return nil, nil
+	}
+	return a, box.Session
+}
+
+func (p *Path) give(a *attempt) {
+	p.amu.Lock()
+	a.next = p.free
+	p.free = a
+	p.amu.Unlock()
+}
+
+// failIO fails the path because of what an I/O met: evidence that outranks any
+// checker. The path logs in and proves itself again.
+func (p *Path) failIO(r *initiator.Result) {
+	cause := r.Err
+	if cause == nil {
+		cause = errIOFailed
+	}
+	if box := p.current.Swap(nil); box != nil {
+		box.Abort(cause) // only closes; the session's end reports it
+	}
+}
+
+var errIOFailed = errors.New("I/O on this path was refused in a way that blames the path")
+
+// set changes the path's state under the group's lock and publishes.
+func (p *Path) set(f func()) {
+	p.g.mu.Lock()
+	f()
+	p.g.publish()
+	p.g.mu.Unlock()
+	var plug block.Plug
+	p.g.drain(&plug)
+	plug.Flush()
+}
+
+// onState hears from the session; Dead comes before its commands come back.
+func (p *Path) onState(st initiator.State, cause error) {
+	switch st {
+	case initiator.Suspect:
+		p.g.log.Warn("path is suspect", "path", p.Name, "cause", cause)
+		p.set(func() { p.suspect = true })
+	case initiator.Up:
+		p.set(func() { p.suspect = false })
+	case initiator.Dead:
+		p.current.Store(nil)
+		p.set(func() {
+			if p.up {
+				p.failures.Add(1)
+				p.g.log.Warn("path failed", "path", p.Name, "cause", cause)
+			}
+			p.up, p.suspect = false, false
+			p.checkState = checker.Down
+			if !p.failedByHand {
+				p.lastError = cause.Error()
+			}
+		})
+	}
+}
+
+func (p *Path) onRoom(plug *block.Plug) { p.g.drain(plug) }
+
+// Reconnect backs off from 50 ms to 5 s, with jitter, so that many paths do
+// not knock at once on a target that comes back.
+const (
+	backoffMin = 50 * time.Millisecond
+	backoffMax = 5 * time.Second
+)
+
+// routine is the path's life.
+func (p *Path) routine() {
+	defer p.g.routines.Done()
+	backoff := backoffMin
+	logged := ""
+	for {
+		p.g.mu.Lock()
+		held := p.failedByHand || p.wrongLU
+		p.g.mu.Unlock()
+		if held {
+			select {
+			case <-p.wake:
+				continue
+			case <-p.g.stop:
+				return
+			}
+		}
+		served, err := p.serve()
+		if err != nil {
+			if err.Error() != logged {
+				logged = err.Error()
+				p.g.log.Warn("path does not come up", "path", p.Name, "cause", err)
+			}
+			p.set(func() { p.lastError = err.Error() })
+		}
+		if served > 0 {
+			logged = ""
+		}
+		if served > 2*backoffMax {
+			backoff = backoffMin
+		}
+		var login *initiator.LoginError
+		if errors.As(err, &login) && login.Permanent() {
+			backoff = backoffMax
+		}
+		wait := backoff/2 + rand.N(backoff)
+		backoff = min(2*backoff, backoffMax)
+		select {
+		case <-time.After(wait):
+		case <-p.wake:
+			backoff = backoffMin
+		case <-p.g.stop:
+			return
+		}
+	}
+}
+
+// serve connects, verifies and serves until the session ends. It returns how
+// long it served, or why it did not.
+func (p *Path) serve() (time.Duration, error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	stopped := context.AfterFunc(stopContext{p.g.stop}, cancel)
+	defer stopped()
+	s, err := p.Open(ctx, p.onState, p.onRoom)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { <-s.Done() }()
+	if err := p.verify(ctx, s); err != nil {
+		s.Abort(err)
+		return 0, err
+	}
+	began := time.Now()
+	p.set(func() {
+		p.session = s
+		p.suspect = false
+		p.checkState = checker.Up
+		select {
+		case <-s.Done():
+		default:
+			p.current.Store(&sessionBox{s})
+			p.up = true
+			p.lastError = ""
+			p.g.log.Info("path serves", "path", p.Name)
+		}
+	})
+	p.watch(ctx, s)
+	return time.Since(began), nil
+}
+
+// verify proves that the path leads to the map's own disk, flushes what it may
+// hold unflushed, and checks it.
+func (p *Path) verify(ctx context.Context, s Session) error {
+	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.CheckTimeout)
+	defer cancel()
+	info, err := initiator.Identify(ctx, s, p.LUN)
+	if err != nil {
+		return err
+	}
+	if err := SameLU(p.g.info, info, p.Target, p.Target, true); err != nil {
+		err = fmt.Errorf("identity changed, the path is out until reinstated by hand: %w", err)
+		p.set(func() { p.wrongLU = true })
+		return err
+	}
+	if p.dirty.Load() && info.WriteCache {
+		var cdb scsi.CDB
+		scsi.SyncCache(&cdb, 0, 0, info.Use16 && !p.sync10.Load())
+		c := &initiator.Command{LUN: p.LUN, CDB: cdb}
+		if err := s.Do(ctx, c); err != nil {
+			return err
+		}
+		if c.Result.Status == scsi.StatusGood {
+			p.dirty.Store(false)
+		}
+	}
+	if v := p.check(ctx, s); v.State != checker.Up {
+		return fmt.Errorf("checker %s: %s: %w", p.g.checker.Name(), v.State, v.Err)
+	}
+	return nil
+}
+
+func (p *Path) check(ctx context.Context, s Session) checker.Verdict {
+	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.CheckTimeout)
+	defer cancel()
+	return p.g.checker.Check(ctx, checker.LU{Doer: s, LUN: p.LUN, BlockSize: p.g.info.BlockSize, Use16: p.g.info.Use16})
+}
+
+// watch runs the checker until the session ends or the group stops.
+func (p *Path) watch(ctx context.Context, s Session) {
+	iv := checker.Interval{Min: p.g.cfg.PollingInterval, Max: p.g.cfg.MaxPollingInterval}
+	wait := iv.Next(false)
+	for {
+		select {
+		case <-s.Done():
+			return
+		case <-p.g.stop:
+			// Commands in flight come back first, within the failover time.
+			stop, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+			defer cancel()
+			s.Close(stop)
+			return
+		case <-time.After(wait):
+		}
+		v := p.check(ctx, s)
+		p.g.mu.Lock()
+		changed := v.State != p.checkState
+		p.g.mu.Unlock()
+		if changed && v.State != checker.Pending {
+			p.g.log.Warn("checker changed its mind", "path", p.Name, "checker", p.g.checker.Name(), "state", v.State, "cause", v.Err)
+			p.set(func() {
+				p.checkState = v.State
+				p.up = v.State == checker.Up || v.State == checker.Ghost
+				if v.Err != nil {
+					p.lastError = v.Err.Error()
+				}
+				select {
+				case <-s.Done():
+					p.up = false
+				default:
+				}
+			})
+		}
+		wait = iv.Next(v.State == checker.Up && !changed)
+	}
+}
+
+// stopContext is a context that ends when a channel closes.
+type stopContext struct{ c <-chan struct{} }
+
+func (s stopContext) Deadline() (time.Time, bool) { return time.Time{}, false }
+func (s stopContext) Done() <-chan struct{}       { return s.c }
+func (s stopContext) Value(any) any               { return nil }
+func (s stopContext) Err() error {
+	select {
+	case <-s.c:
+		return context.Canceled
+	default:
+		return nil
+	}
+}

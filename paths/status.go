@@ -1,0 +1,156 @@
+package paths
+
+import (
+	"math/bits"
+	"sync/atomic"
+)
+
+// MapStatus is one map of `show maps --json`.
+type MapStatus struct {
+	Alias     string        `json:"alias"`
+	WWID      string        `json:"wwid"`
+	Vendor    string        `json:"vendor"`
+	Product   string        `json:"product"`
+	Size      int64         `json:"size"`
+	BlockSize int           `json:"block_size"`
+	ReadOnly  bool          `json:"read_only"`
+	State     string        `json:"state"`
+	Queueing  bool          `json:"queueing"`
+	Queued    int64         `json:"queued"`
+	NBD       NBDStatus     `json:"nbd"`
+	Paths     PathCounts    `json:"paths"`
+	Groups    []GroupStatus `json:"groups"`
+}
+
+// NBDStatus is how the map is exported; the daemon fills it in.
+type NBDStatus struct {
+	Export      string `json:"export"`
+	Device      string `json:"device"`
+	Connections int    `json:"connections"`
+}
+
+// PathCounts tells all paths, those that could serve, and those that do.
+type PathCounts struct {
+	Total  int `json:"total"`
+	Usable int `json:"usable"`
+	Active int `json:"active"`
+}
+
+// GroupStatus is one path group.
+type GroupStatus struct {
+	Selector string       `json:"selector"`
+	Prio     int          `json:"prio"`
+	State    string       `json:"state"`
+	Paths    []PathStatus `json:"paths"`
+}
+
+// PathStatus is one path.
+type PathStatus struct {
+	Name         string  `json:"name"`
+	URL          string  `json:"url"`
+	Portal       string  `json:"portal"`
+	Target       string  `json:"target"`
+	LUN          uint64  `json:"lun"`
+	State        string  `json:"state"`
+	Serving      bool    `json:"serving"`
+	Checker      string  `json:"checker"`
+	CheckerState string  `json:"checker_state"`
+	Prio         int     `json:"prio"`
+	InFlight     int64   `json:"inflight"`
+	IOs          int64   `json:"ios"`
+	Errors       int64   `json:"errors"`
+	Failures     int64   `json:"failures"`
+	Latency      Latency `json:"latency_us"`
+	LastError    string  `json:"last_error"`
+}
+
+// Latency are percentiles in microseconds since start.
+type Latency struct {
+	P50 int64 `json:"p50"`
+	P99 int64 `json:"p99"`
+}
+
+// Snapshot is the map as it stands.
+func (g *Group) Snapshot() MapStatus {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t := g.table.Load()
+	serving := map[*Path]bool{}
+	for _, p := range t.paths {
+		serving[p] = true
+	}
+	m := MapStatus{Alias: g.cfg.Alias, WWID: g.info.WWID, Vendor: g.info.Vendor, Product: g.info.Product, Size: g.geometry.Size,
+		BlockSize: g.geometry.BlockSize, ReadOnly: g.geometry.ReadOnly, Queueing: g.queueing(), Queued: g.waiting.Load(), Groups: []GroupStatus{}}
+	m.Paths.Total, m.Paths.Active = len(g.paths), len(t.paths)
+	for i, p := range g.paths {
+		st := PathStatus{Name: p.Name, URL: p.URL, Portal: p.Portal, Target: p.Target, LUN: p.LUNNumber, State: "down", Serving: serving[p],
+			Checker: g.checker.Name(), CheckerState: string(p.checkState), Prio: 1, InFlight: p.load.InFlight.Load(), IOs: p.ios.Load(),
+			Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError}
+		st.Latency.P50, st.Latency.P99 = p.latency.percentile(50), p.latency.percentile(99)
+		if p.usable() {
+			m.Paths.Usable++
+			switch {
+			case p.suspect:
+				st.State = "suspect"
+			case p.checkState == "ghost":
+				st.State = "ghost"
+			default:
+				st.State = "up"
+			}
+		}
+		if i == 0 || g.cfg.Policy == "failover" {
+			m.Groups = append(m.Groups, GroupStatus{Selector: g.selector.Name(), State: "disabled"})
+		}
+		gs := &m.Groups[len(m.Groups)-1]
+		gs.Paths = append(gs.Paths, st)
+		if st.Serving {
+			gs.State = "active"
+		} else if p.usable() && gs.State == "disabled" {
+			gs.State = "enabled"
+		}
+		if p.usable() {
+			gs.Prio = 1
+		}
+	}
+	switch {
+	case m.Paths.Usable == 0 && !m.Queueing:
+		m.State = "failed"
+	case m.Paths.Usable == 0:
+		m.State = "no_path"
+	case m.Paths.Usable < m.Paths.Total:
+		m.State = "degraded"
+	default:
+		m.State = "ok"
+	}
+	return m
+}
+
+// histogram counts latencies in buckets of a quarter of a power of two.
+type histogram struct{ n [160]atomic.Uint32 }
+
+func (h *histogram) add(ns int64) {
+	us := uint64(max(ns/1000, 1))
+	e := bits.Len64(us) - 1
+	i := 4 * e
+	if e >= 2 {
+		i += int(us >> (e - 2) & 3)
+	}
+	h.n[min(i, len(h.n)-1)].Add(1)
+}
+
+// percentile is the upper edge of the bucket that holds it, microseconds.
+func (h *histogram) percentile(p uint64) int64 {
+	var sum, at uint64
+	for i := range h.n {
+		sum += uint64(h.n[i].Load())
+	}
+	if sum == 0 {
+		return 0
+	}
+	for i := range h.n {
+		if at += uint64(h.n[i].Load()); at*100 >= sum*p {
+			return int64(1) << (i / 4) * int64(5+i%4) / 4
+		}
+	}
+	return 0
+}
