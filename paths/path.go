@@ -141,11 +141,13 @@ func (p *Path) onState(st initiator.State, cause error) {
 
 func (p *Path) onRoom(plug *block.Plug) { p.g.drain(plug) }
 
-// Reconnect backs off from 50 ms to 5 s, with jitter, so that many paths do
-// not knock at once on a target that comes back.
+// Reconnect backs off from 50 ms to 1 s, with jitter, so that many paths do
+// not knock at once on a target that comes back; a login that only a change of
+// configuration can mend is tried every backoffRefused.
 const (
-	backoffMin = 50 * time.Millisecond
-	backoffMax = 5 * time.Second
+	backoffMin     = 50 * time.Millisecond
+	backoffMax     = time.Second
+	backoffRefused = 30 * time.Second
 )
 
 // routine is the path's life.
@@ -176,12 +178,12 @@ func (p *Path) routine() {
 		if served > 0 {
 			logged = ""
 		}
-		if served > 2*backoffMax {
+		if served > 5*time.Second {
 			backoff = backoffMin
 		}
 		var login *initiator.LoginError
 		if errors.As(err, &login) && login.Permanent() {
-			backoff = backoffMax
+			backoff = backoffRefused
 		}
 		wait := backoff/2 + rand.N(backoff)
 		backoff = min(2*backoff, backoffMax)

@@ -1,0 +1,30 @@
+GO ?= go
+PACKAGES = ./...
+
+.PHONY: build demo test bench lab fuzz lint deps
+
+build:
+	$(GO) build -o mpathd ./cmd/mpathd
+
+demo: build
+	./mpathd demo
+
+deps:
+	bash internal/deps/install.sh
+
+test: deps build
+	$(GO) test -p 1 -timeout 540s $(PACKAGES)
+
+lint:
+	$(GO) vet $(PACKAGES)
+	test -z "$$(gofmt -l .)"
+
+fuzz:
+	for f in FuzzSense FuzzVPD83; do $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s ./scsi || exit 1; done
+	$(GO) test -run '^$$' -fuzz '^FuzzKeys$$' -fuzztime 60s ./initiator/pdu
+
+bench:
+	$(GO) test -run '^$$' -bench . -benchmem ./bench
+
+lab:
+	@echo "make lab: the tests on emulated kernels are not in this tree yet" >&2; exit 1

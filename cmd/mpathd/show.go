@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/mpathd/mpathd/daemon"
+)
+
+var control string
+
+func controlFlag(c *cobra.Command) *cobra.Command {
+	c.PersistentFlags().StringVar(&control, "control", defaultControl, "control socket of the daemon")
+	return c
+}
+
+// call asks the daemon; out is filled from its JSON answer.
+func call(method, path string, form url.Values, out any) error {
+	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", control)
+	}}}
+	rq, err := http.NewRequest(method, "http://mpathd"+path, strings.NewReader(form.Encode()))
+	if err != nil {
+		return err
+	}
+	rq.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	rs, err := client.Do(rq)
+	if err != nil {
+		return fmt.Errorf("control socket %s: no daemon answers: is `mpathd run` up, and is this its --control? (%w)", control, errors.Unwrap(err))
+	}
+	defer rs.Body.Close()
+	if rs.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(rs.Body, 4096))
+		return errors.New(strings.TrimSpace(string(b)))
+	}
+	if out == nil {
+		return nil
+	}
+	return json.NewDecoder(rs.Body).Decode(out)
+}
+
+func printJSON(v any) error {
+	e := json.NewEncoder(os.Stdout)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
+
+func showCommand() *cobra.Command {
+	c := controlFlag(&cobra.Command{Use: "show maps|topology|paths|status", Short: "what the daemon has"})
+	var asJSON bool
+	c.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
+	sub := func(use, short, path string, out func() any, text func(any)) {
+		c.AddCommand(&cobra.Command{Use: use, Short: short, Args: args(cobra.NoArgs), RunE: func(*cobra.Command, []string) error {
+			v := out()
+			if err := call("GET", path, nil, v); err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(v)
+			}
+			text(v)
+			return nil
+		}})
+	}
+	maps := func() any { return &daemon.Maps{} }
+	sub("maps", "one line per map", "/maps", maps, func(v any) { printMaps(v.(*daemon.Maps)) })
+	sub("paths", "one line per path", "/maps", maps, func(v any) { printPaths(v.(*daemon.Maps)) })
+	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", maps, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
+	sub("status", "the daemon itself", "/status", func() any { return &daemon.Status{} }, func(v any) {
+		s := v.(*daemon.Status)
+		fmt.Printf("pid %d, up %v, initiator %s, NBD %s, %d maps, %d paths pending\n", s.PID, time.Duration(s.UptimeSeconds)*time.Second, s.Initiator, s.NBD, s.Maps, s.Pending)
+	})
+	return c
+}
+
+func printMaps(m *daemon.Maps) {
+	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tSTATE\tSIZE\tPATHS\tACTIVE\tQUEUED\tDEVICE\tWWID")
+	for _, x := range m.Maps {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\n", x.Alias, x.State, size(x.Size), x.Paths.Usable, x.Paths.Total, x.Paths.Active, x.Queued, orDash(x.NBD.Device), x.WWID)
+	}
+	w.Flush()
+	printPending(m)
+}
+
+func printPending(m *daemon.Maps) {
+	for _, p := range m.Pending {
+		fmt.Printf("pending: %s: %s\n", p.URL, p.Cause)
+	}
+}
+
+func printPaths(m *daemon.Maps) {
+	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "PATH\tMAP\tSTATE\tSERVING\tCHECKER\tIOS\tERRORS\tFAILURES\tP50\tP99\tLAST ERROR")
+	for _, x := range m.Maps {
+		for _, g := range x.Groups {
+			for _, p := range g.Paths {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, p.LastError)
+			}
+		}
+	}
+	w.Flush()
+	printPending(m)
+}
+
+// printTopology draws as multipath -ll does (libmultipath/print.c).
+func printTopology(w io.Writer, m *daemon.Maps) {
+	for _, x := range m.Maps {
+		name := x.Alias
+		if x.Alias != x.WWID {
+			name += " (" + x.WWID + ")"
+		}
+		device := strings.TrimPrefix(x.NBD.Device, "/dev/")
+		if device == "" {
+			device = "-"
+		}
+		features, wp := "0", "rw"
+		if x.Queueing {
+			features = "1 queue_if_no_path"
+		}
+		if x.ReadOnly {
+			wp = "ro"
+		}
+		fmt.Fprintf(w, "%s %s %s,%s\nsize=%s features='%s' hwhandler='0' wp=%s\n", name, device, x.Vendor, x.Product, size(x.Size), features, wp)
+		for i, g := range x.Groups {
+			lead, bar := "|-+- ", "| "
+			if i == len(x.Groups)-1 {
+				lead, bar = "`-+- ", "  "
+			}
+			fmt.Fprintf(w, "%spolicy='%s' prio=%d status=%s\n", lead, g.Selector, g.Prio, g.State)
+			for j, p := range g.Paths {
+				glyph := "|- "
+				if j == len(g.Paths)-1 {
+					glyph = "`- "
+				}
+				dm, chk := "failed", "faulty"
+				switch p.State {
+				case "up", "suspect":
+					dm, chk = "active", "ready"
+				case "ghost":
+					dm, chk = "active", "ghost"
+				}
+				fmt.Fprintf(w, "%s%s%s %s %s %s running\n", bar, glyph, p.Name, p.Target, dm, chk)
+			}
+		}
+	}
+	for _, p := range m.Pending {
+		fmt.Fprintf(w, "pending: %s: %s\n", p.URL, p.Cause)
+	}
+}
+
+// size prints bytes as multipath does: one decimal below 10, else none.
+func size(n int64) string {
+	v, unit := float64(n)/1024, 0
+	for v >= 1024 && unit < 4 {
+		v /= 1024
+		unit++
+	}
+	if v < 10 {
+		return fmt.Sprintf("%.1f%c", v, "KMGTP"[unit])
+	}
+	return fmt.Sprintf("%.0f%c", v, "KMGTP"[unit])
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func pathCommand(verb, short string) *cobra.Command {
+	return controlFlag(&cobra.Command{Use: verb + " PATH", Short: short, Args: args(cobra.ExactArgs(1)), RunE: func(_ *cobra.Command, a []string) error {
+		return call("POST", "/"+verb, url.Values{"path": a}, nil)
+	}})
+}
+
+func queueCommand() *cobra.Command {
+	return controlFlag(&cobra.Command{Use: "queue MAP on|off", Short: "queue or fail I/O while no path is left", Args: args(cobra.ExactArgs(2)), RunE: func(_ *cobra.Command, a []string) error {
+		if a[1] != "on" && a[1] != "off" {
+			return usageError{fmt.Errorf("queue: %q: want on or off", a[1])}
+		}
+		return call("POST", "/queue", url.Values{"map": a[:1], "on": a[1:]}, nil)
+	}})
+}

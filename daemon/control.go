@@ -1,0 +1,120 @@
+package daemon
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"sort"
+	"strings"
+	"time"
+
+	"github.com/mpathd/mpathd/paths"
+)
+
+// Maps is the answer to GET /maps.
+type Maps struct {
+	Version int               `json:"version"`
+	Maps    []paths.MapStatus `json:"maps"`
+	Pending []Pending         `json:"pending"`
+}
+
+// Pending is a URL whose unit could not be identified yet.
+type Pending struct {
+	URL   string `json:"url"`
+	Cause string `json:"cause"`
+}
+
+// Status is the answer to GET /status.
+type Status struct {
+	Version       int    `json:"version"`
+	PID           int    `json:"pid"`
+	Initiator     string `json:"initiator"`
+	NBD           string `json:"nbd"`
+	UptimeSeconds int64  `json:"uptime_seconds"`
+	Maps          int    `json:"maps"`
+	Pending       int    `json:"pending"`
+}
+
+// Snapshot is the state of all maps.
+func (d *Daemon) Snapshot() Maps {
+	d.mu.Lock()
+	maps := append([]*mapEntry(nil), d.maps...)
+	out := Maps{Version: 1, Maps: []paths.MapStatus{}, Pending: []Pending{}}
+	for u, why := range d.pending {
+		out.Pending = append(out.Pending, Pending{u, why})
+	}
+	devices := map[*mapEntry]string{}
+	for _, m := range maps {
+		devices[m] = m.device
+	}
+	d.mu.Unlock()
+	sort.Slice(out.Pending, func(i, j int) bool { return out.Pending[i].URL < out.Pending[j].URL })
+	for _, m := range maps {
+		st := m.group.Snapshot()
+		st.NBD = paths.NBDStatus{Export: m.alias, Device: devices[m], Connections: d.server.Connections(m.alias)}
+		out.Maps = append(out.Maps, st)
+	}
+	return out
+}
+
+func (d *Daemon) handler() http.Handler {
+	mux := http.NewServeMux()
+	show := func(f func() any) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			json.NewEncoder(w).Encode(f())
+		}
+	}
+	act := func(f func(r *http.Request) error) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if err := f(r); err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+			}
+		}
+	}
+	mux.HandleFunc("GET /maps", show(func() any { return d.Snapshot() }))
+	mux.HandleFunc("GET /status", show(func() any {
+		s := d.Snapshot()
+		return Status{1, os.Getpid(), d.o.InitiatorName, d.o.NBD, int64(time.Since(d.begun).Seconds()), len(s.Maps), len(s.Pending)}
+	}))
+	mux.HandleFunc("POST /fail", act(func(r *http.Request) error {
+		return d.onPath(r.FormValue("path"), (*paths.Group).FailPath)
+	}))
+	mux.HandleFunc("POST /reinstate", act(func(r *http.Request) error {
+		return d.onPath(r.FormValue("path"), (*paths.Group).ReinstatePath)
+	}))
+	mux.HandleFunc("POST /queue", act(func(r *http.Request) error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		for _, m := range d.maps {
+			if m.alias == r.FormValue("map") {
+				go m.group.SetQueueing(r.FormValue("on") == "on")
+				return nil
+			}
+		}
+		return fmt.Errorf("no map %q", r.FormValue("map"))
+	}))
+	return mux
+}
+
+// onPath finds a path by name or URL in any map.
+func (d *Daemon) onPath(name string, f func(*paths.Group, string) error) error {
+	if name == "" {
+		return errors.New("which path? name one as `mpathd show paths` prints it")
+	}
+	d.mu.Lock()
+	maps := append([]*mapEntry(nil), d.maps...)
+	d.mu.Unlock()
+	for _, m := range maps {
+		for _, g := range m.group.Snapshot().Groups {
+			for _, p := range g.Paths {
+				if p.Name == name || p.URL == name {
+					return f(m.group, p.Name)
+				}
+			}
+		}
+	}
+	return fmt.Errorf("no path %q: `mpathd show paths` lists them", strings.TrimSpace(name))
+}

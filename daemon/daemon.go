@@ -1,0 +1,314 @@
+// Package daemon builds sessions, maps and exports from what the operator
+// asked for, and answers the control socket.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/nbd"
+	"github.com/mpathd/mpathd/paths"
+	"github.com/mpathd/mpathd/scsi"
+)
+
+// Options is what `mpathd run` was asked to do.
+type Options struct {
+	URLs          []string
+	InitiatorName string
+	NBD           string // unix:PATH or tcp:HOST:PORT
+	Control       string // path of the control socket
+	Merge         []string
+	FailoverTime  time.Duration
+	QueueDepth    int
+	Policy        paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
+	Attach        Attacher     // nil: no kernel device
+	Logger        *slog.Logger
+}
+
+// Attacher makes a kernel device of an export; it returns its path and a way
+// to detach it.
+type Attacher func(d *Daemon, export, wwid string, g block.Geometry) (device string, detach func() error, err error)
+
+// Daemon is a running stack.
+type Daemon struct {
+	o      Options
+	log    *slog.Logger
+	server *nbd.Server
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	begun  time.Time
+	http   *http.Server
+
+	mu      sync.Mutex
+	maps    []*mapEntry
+	pending map[string]string // URL -> why it is not up yet
+}
+
+type mapEntry struct {
+	group  *paths.Group
+	alias  string
+	device string
+	detach func() error
+}
+
+// Start brings everything up that answers and keeps trying the rest. An error
+// means that nothing runs.
+func Start(o Options) (*Daemon, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	urls := make([]initiator.URL, 0, len(o.URLs))
+	for _, s := range o.URLs {
+		u, err := initiator.ParseURL(s)
+		if err != nil {
+			return nil, err
+		}
+		urls = append(urls, u)
+	}
+	nbdLn, err := listen(o.NBD)
+	if err != nil {
+		return nil, fmt.Errorf("NBD socket: %w", err)
+	}
+	ctlLn, err := listen("unix:" + o.Control)
+	if err != nil {
+		nbdLn.Close()
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	d := &Daemon{o: o, log: o.Logger, begun: time.Now(), pending: map[string]string{},
+		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth})}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
+	d.wg.Add(2)
+	go func() { defer d.wg.Done(); d.server.Serve(nbdLn) }()
+	go func() { defer d.wg.Done(); d.http.Serve(ctlLn) }()
+	d.log.Info("serving", "nbd", o.NBD, "control", o.Control, "initiator", o.InitiatorName)
+	for _, u := range urls {
+		d.pending[u.String()] = "connecting"
+		d.wg.Add(1)
+		go func() { defer d.wg.Done(); d.bringUp(u) }()
+	}
+	return d, nil
+}
+
+// listen opens a socket that only its owner may use. A socket that a dead
+// daemon left is replaced, one in use is an error.
+func listen(spec string) (net.Listener, error) {
+	kind, addr, ok := strings.Cut(spec, ":")
+	switch {
+	case ok && kind == "tcp":
+		return net.Listen("tcp", addr)
+	case !ok || kind != "unix" || addr == "":
+		return nil, fmt.Errorf("%q: want unix:PATH or tcp:HOST:PORT", spec)
+	}
+	if err := os.MkdirAll(filepath.Dir(addr), 0o700); err != nil {
+		return nil, err
+	}
+	if c, err := net.Dial("unix", addr); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("%s is in use by a running daemon: stop it or choose another path", addr)
+	} else if errors.Is(err, syscall.ECONNREFUSED) {
+		os.Remove(addr)
+	}
+	old := syscall.Umask(0o177)
+	ln, err := net.Listen("unix", addr)
+	syscall.Umask(old)
+	return ln, err
+}
+
+// bringUp tries a URL until its units are in maps. It lives beside all other
+// URLs and holds nothing of theirs.
+func (d *Daemon) bringUp(u initiator.URL) {
+	wait := 100 * time.Millisecond
+	logged := ""
+	for {
+		err := d.tryURL(u)
+		d.mu.Lock()
+		if err == nil {
+			delete(d.pending, u.String())
+		} else {
+			d.pending[u.String()] = err.Error()
+		}
+		d.mu.Unlock()
+		if err == nil {
+			return
+		}
+		if d.ctx.Err() != nil {
+			return
+		}
+		if err.Error() != logged {
+			logged = err.Error()
+			d.log.Error("path not usable yet", "url", u.String(), "cause", err)
+		}
+		if errors.Is(err, paths.ErrRefused) {
+			return
+		}
+		select {
+		case <-time.After(wait):
+		case <-d.ctx.Done():
+			return
+		}
+		wait = min(2*wait, 5*time.Second)
+	}
+}
+
+func (d *Daemon) sessionConfig(u initiator.URL, isid string) initiator.Config {
+	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: d.o.InitiatorName, User: u.User, Secret: u.Secret,
+		ISID: initiator.PathISID(d.o.InitiatorName, u.Target, isid), FailoverTime: d.o.FailoverTime, QueueDepth: d.o.QueueDepth}
+}
+
+// tryURL logs in once to learn which units there are and who they are, and
+// adds a path for each to its map.
+func (d *Daemon) tryURL(u initiator.URL) error {
+	ctx, cancel := context.WithTimeout(d.ctx, 20*time.Second)
+	defer cancel()
+	s, err := initiator.Open(ctx, d.sessionConfig(u, "probe "+u.Address))
+	if err != nil {
+		return err
+	}
+	defer s.Close(ctx)
+	luns := [][8]byte{scsi.LUNFromNumber(u.LUN)}
+	if !u.HasLUN {
+		if luns, err = initiator.ReportLUNs(ctx, s); err != nil {
+			return err
+		}
+	}
+	var first error
+	for _, lun := range luns {
+		info, err := initiator.Identify(ctx, s, lun)
+		if err == nil {
+			err = d.addPath(u, lun, info)
+		} else if u.HasLUN {
+			err = fmt.Errorf("LUN %d of %s: %w", u.LUN, u.Target, err)
+		} else {
+			d.log.Warn("unit left out", "target", u.Target, "lun", scsi.LUNNumber(lun), "cause", err)
+			err = nil
+		}
+		if err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
+}
+
+// addPath puts a path into the map of its unit, making the map if need be.
+func (d *Daemon) addPath(u initiator.URL, lun [8]byte, info *initiator.LUInfo) error {
+	if info.WWID == "" {
+		return fmt.Errorf("%w: LUN %d of %s has no SCSI ID (VPD pages 83 and 80 are empty)", paths.ErrRefused, scsi.LUNNumber(lun), u.Target)
+	}
+	u.LUN, u.HasLUN = scsi.LUNNumber(lun), true
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ctx.Err() != nil {
+		return d.ctx.Err()
+	}
+	merge := slices.ContainsFunc(append([]string{info.WWID}, info.Synonyms...), func(id string) bool { return slices.Contains(d.o.Merge, id) })
+	var m *mapEntry
+	for _, have := range d.maps {
+		if have.group.Info().WWID == info.WWID {
+			m = have
+		}
+	}
+	pc := paths.PathConfig{Name: u.Address + "/" + fmt.Sprint(u.LUN), URL: u.String(), Portal: u.Address, Target: u.Target, LUN: lun, LUNNumber: u.LUN}
+	pc.Open = func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (paths.Session, error) {
+		c := d.sessionConfig(u, fmt.Sprint(u.Address, "/", u.LUN))
+		c.OnState, c.OnRoom = onState, onRoom
+		s, err := initiator.Open(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		return s, nil
+	}
+	if m != nil {
+		_, err := m.group.AddPath(pc, info)
+		return err
+	}
+	cfg := d.o.Policy
+	cfg.WWID, cfg.Merge, cfg.Logger, cfg.QueueDepth = info.WWID, merge, d.log, d.o.QueueDepth
+	if cfg.Alias == "" || len(d.maps) > 0 {
+		cfg.Alias = info.WWID
+	}
+	g, err := paths.NewGroup(cfg, info)
+	if err != nil {
+		return err
+	}
+	if _, err := g.AddPath(pc, info); err != nil {
+		return err
+	}
+	m = &mapEntry{group: g, alias: cfg.Alias}
+	var aliases []string
+	for _, n := range append([]string{info.WWID}, info.Synonyms...) {
+		if n != cfg.Alias && n != "" {
+			aliases = append(aliases, n)
+		}
+	}
+	if err := d.server.AddExport(nbd.Export{Name: m.alias, Aliases: aliases, Description: info.Vendor + " " + info.Product, Device: g}); err != nil {
+		return err
+	}
+	d.maps = append(d.maps, m)
+	d.log.Info("map ready", "map", m.alias, "size", info.Size(), "block_size", info.BlockSize)
+	if d.o.Attach != nil {
+		d.wg.Add(1)
+		go func() { defer d.wg.Done(); d.attach(m) }()
+	}
+	return nil
+}
+
+func (d *Daemon) attach(m *mapEntry) {
+	dev, detach, err := d.o.Attach(d, m.alias, m.group.Info().WWID, m.group.Geometry())
+	if err != nil {
+		d.log.Warn("no kernel device", "map", m.alias, "cause", err)
+		return
+	}
+	d.mu.Lock()
+	m.device, m.detach = dev, detach
+	d.mu.Unlock()
+	d.log.Info("attached", "map", m.alias, "device", dev)
+}
+
+// Server is the NBD server, for attaching.
+func (d *Daemon) Server() *nbd.Server { return d.server }
+
+// Stop detaches, answers what is in flight, logs out and closes everything,
+// within the time of ctx.
+func (d *Daemon) Stop(ctx context.Context) error {
+	d.mu.Lock()
+	maps := slices.Clone(d.maps)
+	d.mu.Unlock()
+	for _, m := range maps {
+		if m.detach != nil {
+			if err := m.detach(); err != nil {
+				d.log.Warn("detach failed", "device", m.device, "cause", err)
+			}
+		}
+	}
+	d.cancel()
+	drain, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	err := d.server.Shutdown(drain)
+	var wg sync.WaitGroup
+	for _, m := range maps {
+		wg.Add(1)
+		go func() { defer wg.Done(); m.group.Close(ctx) }()
+	}
+	wg.Wait()
+	d.http.Close()
+	d.wg.Wait()
+	if err != nil {
+		err = fmt.Errorf("stop: requests were still waiting and were failed: %w", err)
+	}
+	return err
+}
