@@ -96,10 +96,10 @@ func Start(o Options) (*Daemon, error) {
 	go func() { defer d.wg.Done(); d.server.Serve(nbdLn) }()
 	go func() { defer d.wg.Done(); d.http.Serve(ctlLn) }()
 	d.log.Info("serving", "nbd", o.NBD, "control", o.Control, "initiator", o.InitiatorName)
-	for _, u := range urls {
+	for i, u := range urls {
 		d.pending[u.String()] = "connecting"
 		d.wg.Add(1)
-		go func() { defer d.wg.Done(); d.bringUp(u) }()
+		go func() { defer d.wg.Done(); d.bringUp(u, i) }()
 	}
 	return d, nil
 }
@@ -131,11 +131,11 @@ func listen(spec string) (net.Listener, error) {
 
 // bringUp tries a URL until its units are in maps. It lives beside all other
 // URLs and holds nothing of theirs.
-func (d *Daemon) bringUp(u initiator.URL) {
+func (d *Daemon) bringUp(u initiator.URL, order int) {
 	wait := 100 * time.Millisecond
 	logged := ""
 	for {
-		err := d.tryURL(u)
+		err := d.tryURL(u, order)
 		d.mu.Lock()
 		if err == nil {
 			delete(d.pending, u.String())
@@ -172,7 +172,7 @@ func (d *Daemon) sessionConfig(u initiator.URL, isid string) initiator.Config {
 
 // tryURL logs in once to learn which units there are and who they are, and
 // adds a path for each to its map.
-func (d *Daemon) tryURL(u initiator.URL) error {
+func (d *Daemon) tryURL(u initiator.URL, order int) error {
 	ctx, cancel := context.WithTimeout(d.ctx, 20*time.Second)
 	defer cancel()
 	s, err := initiator.Open(ctx, d.sessionConfig(u, "probe "+u.Address))
@@ -190,7 +190,7 @@ func (d *Daemon) tryURL(u initiator.URL) error {
 	for _, lun := range luns {
 		info, err := initiator.Identify(ctx, s, lun)
 		if err == nil {
-			err = d.addPath(u, lun, info)
+			err = d.addPath(u, order, lun, info)
 		} else if u.HasLUN {
 			err = fmt.Errorf("LUN %d of %s: %w", u.LUN, u.Target, err)
 		} else {
@@ -205,7 +205,7 @@ func (d *Daemon) tryURL(u initiator.URL) error {
 }
 
 // addPath puts a path into the map of its unit, making the map if need be.
-func (d *Daemon) addPath(u initiator.URL, lun [8]byte, info *initiator.LUInfo) error {
+func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiator.LUInfo) error {
 	if info.WWID == "" {
 		return fmt.Errorf("%w: LUN %d of %s has no SCSI ID (VPD pages 83 and 80 are empty)", paths.ErrRefused, scsi.LUNNumber(lun), u.Target)
 	}
@@ -222,7 +222,7 @@ func (d *Daemon) addPath(u initiator.URL, lun [8]byte, info *initiator.LUInfo) e
 			m = have
 		}
 	}
-	pc := paths.PathConfig{Name: u.Address + "/" + fmt.Sprint(u.LUN), URL: u.String(), Portal: u.Address, Target: u.Target, LUN: lun, LUNNumber: u.LUN}
+	pc := paths.PathConfig{Name: u.Address + "/" + fmt.Sprint(u.LUN), URL: u.String(), Portal: u.Address, Target: u.Target, LUN: lun, LUNNumber: u.LUN, Order: order}
 	pc.Open = func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (paths.Session, error) {
 		c := d.sessionConfig(u, fmt.Sprint(u.Address, "/", u.LUN))
 		c.OnState, c.OnRoom = onState, onRoom

@@ -21,7 +21,7 @@ import (
 // fault is one thing that happens to the serving path.
 type fault struct {
 	name        string
-	cut, mend   func()
+	cut, mend   func(i int) // of the target that serves
 	longest     time.Duration
 	errs, wrong int64
 	back        time.Duration
@@ -90,17 +90,18 @@ func Demo(ctx context.Context, w io.Writer) error {
 	load := Start(c, 192<<20)
 	time.Sleep(time.Second)
 	faults := []*fault{
-		{name: "reset", cut: func() { proxies[0].Refuse(); proxies[0].Reset() }, mend: func() { proxies[0].Heal() }},
-		{name: "blackhole", cut: func() { proxies[0].Blackhole() }, mend: func() { proxies[0].Heal() }},
-		{name: "hung target", cut: func() { servers[0].Hang() }, mend: func() { servers[0].Resume() }},
+		{name: "reset", cut: func(i int) { proxies[i].Refuse(); proxies[i].Reset() }, mend: func(i int) { proxies[i].Heal() }},
+		{name: "blackhole", cut: func(i int) { proxies[i].Blackhole() }, mend: func(i int) { proxies[i].Heal() }},
+		{name: "hung target", cut: func(i int) { servers[i].Hang() }, mend: func(i int) { servers[i].Resume() }},
 	}
 	var lost error
 	for _, f := range faults {
 		load.Mark()
-		f.cut()
-		fmt.Fprintf(w, "%-12s cut the serving path\n", f.name)
+		i, path := serving(d, proxies)
+		f.cut(i)
+		fmt.Fprintf(w, "%-12s on the serving path %s\n", f.name, path)
 		live(ctx, w, d, load, faultTime)
-		f.mend()
+		f.mend(i)
 		mended := time.Now()
 		if eventually(returnTime, func() bool { return usable(d) == 2 }) {
 			f.back = time.Since(mended)
@@ -124,6 +125,22 @@ func Demo(ctx context.Context, w io.Writer) error {
 	}
 	fmt.Fprintf(w, "\n%d I/Os, every block verified on the disk itself: nothing was lost\n", load.IOs())
 	return nil
+}
+
+// serving finds the path that carries the load.
+func serving(d *daemon.Daemon, proxies []*faultnet.Proxy) (int, string) {
+	for _, m := range d.Snapshot().Maps {
+		for _, g := range m.Groups {
+			for _, p := range g.Paths {
+				for i := range proxies {
+					if p.Serving && p.Portal == proxies[i].Addr() {
+						return i, p.Name
+					}
+				}
+			}
+		}
+	}
+	return 0, "?"
 }
 
 func usable(d *daemon.Daemon) int {

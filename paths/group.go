@@ -172,6 +172,7 @@ type PathConfig struct {
 	Name, URL, Portal, Target string
 	LUN                       [8]byte
 	LUNNumber                 uint64
+	Order                     int // as configured: lower is better, whoever comes up first
 	Open                      Opener
 }
 
@@ -204,6 +205,7 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 	}
 	p := newPath(g, pc, len(g.paths))
 	g.paths = append(g.paths, p)
+	slices.SortStableFunc(g.paths, func(a, b *Path) int { return a.Order - b.Order })
 	g.routines.Add(1)
 	go p.routine()
 	return p, nil
