@@ -234,7 +234,7 @@ func (g *Group) publish() {
 		if g.cfg.Manual && slices.Contains(t.all, g.active) {
 			pick = g.active
 		}
-		if g.active != nil && g.active != pick {
+		if g.active != nil && g.active != pick && !g.closed {
 			g.log.Info("path group switched", "from", g.active.Name, "to", pick.Name)
 		}
 		g.active = pick

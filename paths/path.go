@@ -126,7 +126,7 @@ func (p *Path) onState(st initiator.State, cause error) {
 	case initiator.Dead:
 		p.current.Store(nil)
 		p.set(func() {
-			if p.up {
+			if p.up && !p.g.closed {
 				p.failures.Add(1)
 				p.g.log.Warn("path failed", "path", p.Name, "cause", cause)
 			}

@@ -1,0 +1,41 @@
+// The floor plan is that of docs/architecture.md.
+package arch
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/mpathd/mpathd/"
+
+// floor of each package; a package imports only what is on a lower floor, or
+// a named neighbour.
+var floors = map[string]int{
+	"cmd/mpathd": 50, "drill": 42, "daemon": 41, "paths": 30, "checker": 25, "initiator": 20, "nbd/client": 21, "nbd/attach": 21, "nbd": 20, "selector": 20,
+	"block": 10, "scsi": 0, "initiator/pdu": 0, "nbd/proto": 0, "internal/sys": 0, "internal/target": 19, "internal/faultnet": 19,
+	"internal/e2e": 60, "internal/arch": 60, "bench": 55,
+}
+
+func TestImportsGoDown(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", "{{.ImportPath}}:{{join .Imports \" \"}}", module+"...").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(out)) {
+		pkg, imports, _ := strings.Cut(strings.TrimSpace(line), ":")
+		name := strings.TrimPrefix(pkg, module)
+		floor, ok := floors[name]
+		if !ok {
+			t.Errorf("%s has no floor: give it one", name)
+		}
+		for _, imp := range strings.Fields(imports) {
+			if imp == "golang.org/x/sys/unix" && name != "internal/sys" {
+				t.Errorf("%s imports %s: only internal/sys may", name, imp)
+			}
+			if dep, ours := strings.CutPrefix(imp, module); ours && floors[dep] >= floor {
+				t.Errorf("%s (floor %d) imports %s (floor %d)", name, floor, dep, floors[dep])
+			}
+		}
+	}
+}
