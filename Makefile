@@ -26,5 +26,5 @@ fuzz:
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./bench
 
-lab:
-	@echo "make lab: the tests on emulated kernels are not in this tree yet" >&2; exit 1
+lab: deps
+	$(GO) test -v -count=1 -timeout 540s ./internal/lab

@@ -1,5 +1,45 @@
 package main
 
-import "github.com/mpathd/mpathd/daemon"
+import (
+	"fmt"
+	"strings"
 
-func attacher(string) (daemon.Attacher, error) { return nil, nil }
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/internal/sys"
+	"github.com/mpathd/mpathd/nbd"
+	"github.com/mpathd/mpathd/nbd/attach"
+)
+
+// attacher reads --attach: auto takes any free device where the kernel has
+// NBD, none takes nothing, /dev/nbdX is for the first map.
+func attacher(spec string) (daemon.Attacher, error) {
+	switch {
+	case spec == "none":
+		return nil, nil
+	case spec != "auto" && !strings.HasPrefix(spec, "/dev/nbd"):
+		return nil, usageError{fmt.Errorf("--attach %q: want auto, none or /dev/nbdX", spec)}
+	}
+	if err := attach.Available(); err != nil {
+		if spec == "auto" {
+			logger().Warn("no kernel device, the NBD socket serves all the same", "cause", err)
+			return nil, nil
+		}
+		return nil, err
+	}
+	device := strings.TrimPrefix(spec, "auto")
+	return func(d *daemon.Daemon, export, wwid string, g block.Geometry) (string, func() error, error) {
+		kernel, conn, err := sys.SocketPair()
+		if err != nil {
+			return "", nil, err
+		}
+		defer kernel.Close()
+		go d.Server().ServeTransmission(conn, export)
+		dev, err := attach.Connect(attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: "mpathd:" + wwid, Socket: kernel})
+		if err != nil {
+			conn.Close()
+			return "", nil, err
+		}
+		return dev.Path(), dev.Disconnect, nil
+	}, nil
+}

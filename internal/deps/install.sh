@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that the tests run against, if any is missing.
 set -euo pipefail
-packages="tgt fio qemu-utils qemu-block-extra libnbd-bin libiscsi-bin"
+packages="tgt fio qemu-utils qemu-block-extra libnbd-bin libiscsi-bin
+qemu-system-x86 busybox-static cpio kmod nftables e2fsprogs iproute2"
 missing=
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"

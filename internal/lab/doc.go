@@ -1,0 +1,3 @@
+// Package lab runs mpathd under real kernels in an emulator: LIO, the kernel's
+// NBD client, ext4 and nft. boot.sh boots, failover.sh is what runs inside.
+package lab

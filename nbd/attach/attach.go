@@ -1,0 +1,186 @@
+// Package attach owns /dev/nbdX: it hands one end of a socket pair to the
+// kernel's NBD client over generic netlink (drivers/block/nbd.c, family "nbd")
+// and takes the device away again. No handshake takes place on that socket.
+package attach
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mdlayher/genetlink"
+	"github.com/mdlayher/netlink"
+)
+
+// Commands and attributes of include/uapi/linux/nbd-netlink.h.
+const (
+	cmdConnect    = 1
+	cmdDisconnect = 2
+
+	attrIndex           = 1
+	attrSizeBytes       = 2
+	attrBlockSizeBytes  = 3
+	attrServerFlags     = 5
+	attrSockets         = 7
+	attrDeadConnTimeout = 8
+	attrBackend         = 10
+
+	sockItem = 1
+	sockFD   = 1
+)
+
+// Options describe the device to make.
+type Options struct {
+	Device      string        // /dev/nbdX, or empty for the first free one
+	Size        int64         // bytes
+	BlockSize   int           // bytes
+	Flags       uint16        // NBD transmission flags
+	Backend     string        // shown in /sys/block/nbdX/backend; guards the device against strangers
+	Socket      *os.File      // the kernel's end; the caller closes it afterwards
+	DeadTimeout time.Duration // how long the kernel waits for a new connection; default one day
+}
+
+// Device is an attached kernel device.
+type Device struct {
+	index int
+}
+
+// Path is the device node.
+func (d *Device) Path() string { return fmt.Sprintf("/dev/nbd%d", d.index) }
+
+// Available tells whether this kernel has NBD over netlink, and if not, why.
+func Available() error {
+	c, _, err := dial()
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+func dial() (*genetlink.Conn, genetlink.Family, error) {
+	c, err := genetlink.Dial(nil)
+	if err != nil {
+		return nil, genetlink.Family{}, fmt.Errorf("kernel NBD: generic netlink: %w", err)
+	}
+	fam, err := c.GetFamily("nbd")
+	if err != nil {
+		c.Close()
+		if errors.Is(err, fs.ErrNotExist) {
+			err = errors.New("the nbd module is not loaded: run `modprobe nbd nbds_max=0`")
+		}
+		return nil, genetlink.Family{}, fmt.Errorf("kernel NBD: %w", err)
+	}
+	return c, fam, nil
+}
+
+// Connect attaches. The other end of the socket must be served already: the
+// kernel and udev read at once.
+func Connect(o Options) (*Device, error) {
+	index := -1
+	if o.Device != "" {
+		n, err := strconv.Atoi(strings.TrimPrefix(o.Device, "/dev/nbd"))
+		if err != nil || n < 0 {
+			return nil, fmt.Errorf("attach %s: want /dev/nbdX", o.Device)
+		}
+		index = n
+	}
+	if o.DeadTimeout <= 0 {
+		o.DeadTimeout = 24 * time.Hour
+	}
+	c, fam, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	b, err := encode(o, index)
+	if err != nil {
+		return nil, err
+	}
+	// CONNECT answers with the index by itself: no acknowledgement asked.
+	ms, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdConnect, Version: 1}, Data: b}, fam.ID, netlink.Request)
+	runtime.KeepAlive(o.Socket)
+	if err != nil {
+		if errors.Is(err, fs.ErrExist) || strings.Contains(err.Error(), "busy") {
+			return nil, fmt.Errorf("attach %s: the device is in use: detach it first or choose another", o.Device)
+		}
+		return nil, fmt.Errorf("attach %s: %w", o.Device, err)
+	}
+	for _, m := range ms {
+		ad, err := netlink.NewAttributeDecoder(m.Data)
+		if err != nil {
+			continue
+		}
+		for ad.Next() {
+			if ad.Type() == attrIndex {
+				index = int(ad.Uint32())
+			}
+		}
+	}
+	if index < 0 {
+		return nil, errors.New("attach: the kernel did not name the device")
+	}
+	d := &Device{index}
+	if err := d.tune(); err != nil {
+		d.Disconnect()
+		return nil, err
+	}
+	return d, nil
+}
+
+func encode(o Options, index int) ([]byte, error) {
+	e := netlink.NewAttributeEncoder()
+	if index >= 0 {
+		e.Uint32(attrIndex, uint32(index))
+	}
+	e.Uint64(attrSizeBytes, uint64(o.Size))
+	e.Uint64(attrBlockSizeBytes, uint64(o.BlockSize))
+	e.Uint64(attrServerFlags, uint64(o.Flags))
+	e.Uint64(attrDeadConnTimeout, uint64(o.DeadTimeout/time.Second))
+	e.String(attrBackend, o.Backend)
+	fd := uint32(o.Socket.Fd())
+	e.Nested(attrSockets, func(ne *netlink.AttributeEncoder) error {
+		ne.Nested(sockItem, func(ie *netlink.AttributeEncoder) error {
+			ie.Uint32(sockFD, fd)
+			return nil
+		})
+		return nil
+	})
+	return e.Encode()
+}
+
+// tune sets the queue for a fast device whose requests may wait long: the
+// block layer's timer only reports here, since there is one connection and no
+// NBD timeout.
+func (d *Device) tune() error {
+	for _, kv := range [][2]string{{"scheduler", "none"}, {"io_timeout", "5000"}, {"max_sectors_kb", "1024"}, {"discard_max_bytes", "2147483648"}} {
+		err := os.WriteFile(fmt.Sprintf("/sys/block/nbd%d/queue/%s", d.index, kv[0]), []byte(kv[1]), 0)
+		if err != nil && kv[0] != "discard_max_bytes" { // absent where the unit cannot trim
+			return fmt.Errorf("attach: queue setting %s: %w", kv[0], err)
+		}
+	}
+	return nil
+}
+
+// Disconnect takes the device away; I/O that waits in the kernel fails.
+func (d *Device) Disconnect() error {
+	c, fam, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d.index))
+	b, err := e.Encode()
+	if err != nil {
+		return err
+	}
+	if _, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdDisconnect, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge); err != nil {
+		return fmt.Errorf("detach %s: %w", d.Path(), err)
+	}
+	return nil
+}
