@@ -5,6 +5,7 @@
 # The script writes its exit code to /run/rc; it is printed as VM-RC=N.
 # The kernel is unpacked into a cache, never installed.
 set -euo pipefail
+here=$(realpath "${BASH_SOURCE[0]}")
 script=$1 limit=${2:-120}
 cache=${LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mpathd-lab}
 mkdir -p "$cache"
