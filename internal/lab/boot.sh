@@ -21,7 +21,8 @@ if [ ! -e "$cache/kver" ]; then
 	mv kver.new kver
 fi
 kver=$(cat "$cache/kver") kdir=$cache/kernel
-if [ ! -e "$cache/initrd.gz" ]; then
+initrd=$cache/initrd-$(md5sum < "$here" | cut -c1-8).gz # made by this very script
+if [ ! -e "$initrd" ]; then
 	tree=$(mktemp -d)
 	mkdir -p "$tree/bin" "$tree/mods"
 	cp "$(command -v busybox)" "$tree/bin/busybox"
@@ -52,11 +53,11 @@ exec $B switch_root /root /bin/busybox env -i HOME=/root TERM=dumb PATH=/usr/sbi
 	"$(word labscript); echo VM-RC=\$(cat /run/rc 2>/dev/null); poweroff -f"
 INIT
 	chmod +x "$tree/init"
-	(cd "$tree" && find . | cpio -o -H newc 2>/dev/null | gzip) > "$cache/initrd.new"
-	mv "$cache/initrd.new" "$cache/initrd.gz"
+	(cd "$tree" && find . | cpio -o -H newc 2>/dev/null | gzip) > "$initrd.new"
+	mv "$initrd.new" "$initrd"
 	rm -rf "$tree"
 fi
 exec timeout "$limit" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 4G -nographic -no-reboot \
 	-virtfs "local,path=/,mount_tag=rootfs,security_model=none,readonly=on,multidevs=remap" \
-	-kernel "$kdir/boot/vmlinuz-$kver" -initrd "$cache/initrd.gz" \
+	-kernel "$kdir/boot/vmlinuz-$kver" -initrd "$initrd" \
 	-append "console=ttyS0 quiet panic=1 mitigations=off labmods=$kdir/lib/modules/$kver labscript=$script" </dev/null 2>&1
