@@ -23,8 +23,8 @@ fuzz:
 	for f in FuzzSense FuzzVPD83; do $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s ./scsi || exit 1; done
 	$(GO) test -run '^$$' -fuzz '^FuzzKeys$$' -fuzztime 60s ./initiator/pdu
 
-bench:
-	$(GO) test -run '^$$' -bench . -benchmem ./bench
+bench: deps build
+	$(GO) run ./bench -mpathd ./mpathd | tee bench.md
 
 lab: deps
 	$(GO) test -v -count=1 -timeout 540s ./internal/lab
