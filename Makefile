@@ -13,7 +13,7 @@ deps:
 	bash internal/deps/install.sh
 
 test: deps build
-	$(GO) test -p 1 -timeout 540s $(PACKAGES)
+	$(GO) test -count=1 -p 1 -timeout 540s $(PACKAGES)
 
 lint:
 	$(GO) vet $(PACKAGES)

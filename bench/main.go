@@ -65,8 +65,8 @@ func freePort() int {
 	return l.Addr().(*net.TCPAddr).Port
 }
 
-// target starts the target and returns its URL and process.
-func target(kind, binary, dir string) (string, *exec.Cmd, error) {
+// startTarget starts the target and returns its URL and process.
+func startTarget(kind, binary, dir string) (string, *exec.Cmd, error) {
 	port := freePort()
 	const iqn = "iqn.2026-11.example:bench"
 	if kind == "tgtd" {
@@ -101,7 +101,7 @@ func compare(kind, binary string, seconds, rounds int) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	url, tgt, err := target(kind, binary, dir)
+	url, tgt, err := startTarget(kind, binary, dir)
 	if tgt != nil {
 		defer func() { tgt.Process.Kill(); tgt.Wait() }()
 	}

@@ -226,7 +226,7 @@ func (s *Session) gather() {
 // answered before their last item left. It reports whether there is more to
 // send; if not, the caller is the sender no longer.
 func (s *Session) account(n int, failed bool) bool {
-	var p block.Plug
+	var p *block.Plug // made only when needed: it would escape
 	s.mu.Lock()
 	for n > 0 && s.curAt < len(s.cur) {
 		it := &s.cur[s.curAt]
@@ -244,7 +244,10 @@ func (s *Session) account(n int, failed bool) bool {
 					c := sl.cmd
 					s.release(uint16(it.slot))
 					s.mu.Unlock()
-					c.Owner.Done(c, &p)
+					if p == nil {
+						p = new(block.Plug)
+					}
+					c.Owner.Done(c, p)
 					s.mu.Lock()
 				}
 			}
@@ -268,7 +271,9 @@ func (s *Session) account(n int, failed bool) bool {
 		s.idle.Broadcast()
 	}
 	s.mu.Unlock()
-	p.Flush()
+	if p != nil {
+		p.Flush()
+	}
 	return more
 }
 
