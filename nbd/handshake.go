@@ -20,7 +20,7 @@ var be = binary.BigEndian
 
 // handshake negotiates (proto.md, "Fixed newstyle negotiation") and returns
 // the chosen export, or nil when the client left in peace.
-func (s *Server) handshake(c net.Conn) (*export, error) {
+func (s *Server) handshake(c net.Conn) (_ *export, err error) {
 	var b [18]byte
 	be.PutUint64(b[0:], proto.Magic)
 	be.PutUint64(b[8:], proto.OptionMagic)
@@ -50,15 +50,42 @@ func (s *Server) handshake(c net.Conn) (*export, error) {
 		if _, err := io.ReadFull(c, data); err != nil {
 			return nil, err
 		}
-		if flags&uint32(proto.FlagFixedNewstyle) == 0 && opt != proto.OptExportName {
-			return nil, errors.New("option from a client without fixed newstyle")
+		if n == 0 && opt == proto.OptGo {
+			if data, err = goWithoutLength(c); err != nil {
+				return nil, err
+			}
 		}
+		// Options from a client that did not announce fixed newstyle are answered
+		// all the same: go-nbd announces nothing and uses GO.
 		x, done, err := s.option(c, opt, data, flags)
 		if err != nil || done {
 			return x, err
 		}
 	}
 	return nil, errors.New("too many options")
+}
+
+// goWithoutLength reads the data of a GO whose header says that there is none.
+// The client of pojntfx/go-nbd v0.3.2 sends it so; a conforming GO has at least
+// six bytes, so there is nothing else that it could mean.
+func goWithoutLength(c net.Conn) ([]byte, error) {
+	b := make([]byte, 4, 4+proto.MaxString+2)
+	if _, err := io.ReadFull(c, b); err != nil {
+		return nil, err
+	}
+	n := be.Uint32(b)
+	if n > proto.MaxString {
+		return nil, errors.New("GO without data")
+	}
+	b = b[:4+n+2]
+	if _, err := io.ReadFull(c, b[4:]); err != nil {
+		return nil, err
+	}
+	infos := make([]byte, 2*int(be.Uint16(b[4+n:])))
+	if _, err := io.ReadFull(c, infos); err != nil {
+		return nil, err
+	}
+	return append(b, infos...), nil
 }
 
 func reply(c net.Conn, opt, typ uint32, data []byte) error {

@@ -3,7 +3,7 @@
 # targets on two addresses; mpathd makes /dev/nbd0 of them; fio verifies on an
 # ext4 file system while nft cuts one path. The exit code goes to /run/rc.
 set -u
-MPATHD=${MPATHD:?}
+MPATHD=${MPATHD:?} GONBD=${GONBD:?}
 say() { echo "lab: $*"; }
 finish() { say "$2"; echo "$1" > /run/rc; dmesg | grep -iE 'I/O error|EXT4-fs error|blocked for' | head -5; [ "$1" = 0 ] || { tail -20 /run/mpathd.log; dmesg | tail -20; }; exit "$1"; }
 
@@ -50,6 +50,14 @@ grep -E 'lat.*max|err=' /run/fio.log
 for _ in $(seq 200); do $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' && break; sleep 0.1; done
 $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' || finish 1 "the path did not come back"
 umount /run/mnt || finish 1 "umount failed"
+$GONBD /run/n.sock lab /dev/nbd1 > /run/gonbd.log 2>&1 &
+G=$!
+for _ in $(seq 100); do grep -q attached /run/gonbd.log && break; sleep 0.1; done
+sync; echo 3 > /proc/sys/vm/drop_caches
+A=$(dd if=/dev/nbd0 bs=1M count=64 iflag=direct 2>/dev/null | md5sum); B=$(dd if=/dev/nbd1 bs=1M count=64 iflag=direct 2>/dev/null | md5sum)
+[ "$A" = "$B" ] && [ "$(cat /sys/block/nbd1/size)" = 1048576 ] || { cat /run/gonbd.log; finish 1 "/dev/nbd1 through go-nbd differs: $A $B"; }
+say "/dev/nbd1 through go-nbd reads the same"
+kill -TERM $G; wait $G
 e2fsck -fn /dev/nbd0 || finish 1 "fsck found damage"
 kill -TERM $PID; wait $PID || finish 1 "mpathd did not stop cleanly"
 [ "$(cat /sys/block/nbd0/size)" = 0 ] || finish 1 "/dev/nbd0 was not detached"

@@ -28,12 +28,16 @@ func TestFailoverOnKernelDevice(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", binary, "../../cmd/mpathd").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v: %s", err, out)
 	}
+	gonbd := filepath.Join(dir, "gonbd")
+	if out, err := exec.Command("go", "build", "-o", gonbd, "./gonbd").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v: %s", err, out)
+	}
 	inside, err := filepath.Abs("failover.sh")
 	if err != nil {
 		t.Fatal(err)
 	}
 	script := filepath.Join(dir, "run.sh")
-	if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/bash\nMPATHD=%s exec bash %s\n", binary, inside), 0o755); err != nil {
+	if err := os.WriteFile(script, fmt.Appendf(nil, "#!/bin/bash\nMPATHD=%s GONBD=%s exec bash %s\n", binary, gonbd, inside), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("bash", "boot.sh", script, "240").CombinedOutput()
