@@ -14,6 +14,10 @@ import (
 const (
 	headerBuffer = 64 << 10
 	iovecs       = 512
+
+	// With this many requests in flight the reader lets the client run first:
+	// it then finds more of them per wake-up.
+	yieldDepth = 4
 )
 
 // conn is one client in transmission. Its reader goroutine decodes requests
@@ -91,6 +95,12 @@ var errDisc = errors.New("client disconnected")
 // fill reads once; everything plugged goes out first, because this may wait.
 func (cn *conn) fill(into []byte) (int, error) {
 	cn.plug.Flush()
+	cn.mu.Lock()
+	busy := len(cn.slots)-len(cn.free) >= yieldDepth
+	cn.mu.Unlock()
+	if busy {
+		sys.Yield()
+	}
 	n, err := cn.c.Read(into)
 	if n > 0 {
 		return n, nil
