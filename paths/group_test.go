@@ -269,9 +269,9 @@ func TestNoAllocationFromSubmitToComplete(t *testing.T) {
 		}
 		require.Zero(t, testing.AllocsPerRun(200, func() {
 			g.Submit(r, &p)
-			for len(s.pending()) > 0 {
-				c := s.pending()[0]
-				s.out = s.pending()[:0]
+			for len(s.out) > 0 {
+				c := s.out[0]
+				s.out = s.out[:0]
 				c.Owner.Done(c, &p)
 			}
 			p.Flush()
