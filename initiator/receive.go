@@ -206,7 +206,7 @@ func (rc *receiver) dispatch(h *pdu.Header, data []byte) error {
 		}
 		return breach("it rejected a PDU, reason %#02x", h.Response())
 	case pdu.OpTaskMgmtResp:
-		return rc.status(h)
+		return rc.taskMgmt(h)
 	}
 	return breach("unexpected opcode %#02x", h.Opcode())
 }

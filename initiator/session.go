@@ -82,6 +82,8 @@ type Session struct {
 	closed   bool
 	ping     uint32 // ITT of the ping in flight, 0 if none
 	pingSeq  uint32
+	tmf      chan uint8 // who waits for a task management response
+	tmfSeq   uint32
 	cur      []item // owned by the sender
 	curAt    int
 	iov      [][]byte

@@ -23,21 +23,31 @@ type attempt struct {
 	size        int64
 	start       int64
 	wasDirty    bool
-	unsupported *atomic.Bool // set when the unit does not know the command
+	span        atomic.Uint64 // blocks of the mutation in flight, see span
+	unsupported *atomic.Bool  // set when the unit does not know the command
 	list        [scsi.UnmapListLen]byte
 	next        *attempt
 }
 
 // Done takes a command back from its session (initiator.Doner).
-//
-// A write that comes back with ErrSessionLost and Delivery Sent may still
-// execute behind the dead path: cmd.Result.Delivery is where write protection
-// against such late copies attaches.
 func (a *attempt) Done(c *initiator.Command, p *block.Plug) {
 	pt, r, g := a.path, a.req, a.path.g
 	pt.load.InFlight.Add(-1)
 	pt.load.Bytes.Add(-a.size)
+	if a.span.Load() != 0 {
+		a.span.Store(0)
+	}
+	if c.Result.Err == initiator.ErrSessionLost && g.cfg.Protection != Off && mutation(r) {
+		pt.errors.Add(1)
+		pt.lose(a, r, c.Result.Delivery)
+		a.req, c.Data = nil, nil
+		pt.give(a)
+		return
+	}
 	act := classify(&c.Result)
+	if act.Verify {
+		pt.doubt()
+	}
 	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
 	switch {
 	case act.Verb == Done:
@@ -109,6 +119,9 @@ func (g *Group) advance(r *block.Request, size int64, flush bool, p *block.Plug)
 }
 
 func (g *Group) finish(r *block.Request, err error, p *block.Plug) {
+	if g.ledger.open.Load() > 0 {
+		g.ledger.forget(r)
+	}
 	r.Err = err
 	r.Owner.Complete(r, p)
 }

@@ -1,6 +1,7 @@
 package paths
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -54,6 +55,24 @@ type door struct {
 	depth  int
 	logins int
 	now    *fake
+	ghosts []ghost // writes of dead sessions that may still execute
+}
+
+type ghost struct {
+	lba  uint64
+	data []byte
+}
+
+// haunt executes one late write; a login before that has ended it.
+func (d *door) haunt(i int) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.ghosts) == 0 {
+		return false
+	}
+	g := d.ghosts[i%len(d.ghosts)]
+	copy(d.d.data[g.lba*fakeBlock:], g.data)
+	return true
 }
 
 var errDoor = errors.New("login refused by the test")
@@ -65,6 +84,7 @@ func (d *door) open(ctx context.Context, onState func(initiator.State, error), o
 		return nil, errDoor
 	}
 	d.logins++
+	d.ghosts = nil
 	d.now = &fake{d: d.d, door: d, depth: d.depth, onState: onState, onRoom: onRoom, done: make(chan struct{})}
 	return d.now, nil
 }
@@ -124,6 +144,12 @@ func (f *fake) Abort(cause error) {
 		var p block.Plug
 		for _, c := range lost {
 			c.Result.Err = initiator.ErrSessionLost
+			if c.CDB[0] == 0x8a {
+				c.Result.Delivery = initiator.Sent
+				f.door.mu.Lock()
+				f.door.ghosts = append(f.door.ghosts, ghost{binary.BigEndian.Uint64(c.CDB[2:]), bytes.Clone(c.Data)})
+				f.door.mu.Unlock()
+			}
 			c.Owner.Done(c, &p)
 		}
 		p.Flush()

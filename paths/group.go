@@ -51,6 +51,23 @@ type Config struct {
 	Merge              bool // the WWID was named by the operator: trust a numbered default ID
 	QueueDepth         int  // commands per path, default 128
 	Logger             *slog.Logger
+
+	Protection string        // Hold (default), Strict or Off
+	FenceWait  time.Duration // after which an unfenced session is complained about, default 30 s
+	Quarantine time.Duration // after which an unfenced session counts as dead without proof; 0 never
+	// FenceCommand fences a path outside iSCSI; nil means that it worked.
+	FenceCommand func(ctx context.Context, path string) error
+	// OnEpoch is told when a path begins and ends to have writes that may
+	// still execute behind its back.
+	OnEpoch func(path string, open bool)
+	// Unfenced are paths on which an earlier run may have left writes: until
+	// each is fenced, every mutation is held.
+	Unfenced []string
+	// Replicated says that the servers of this disk replicate every write
+	// before they acknowledge it: a flush of one of them is enough.
+	Replicated bool
+	// MultibusServers allows the policy multibus over different target names.
+	MultibusServers bool
 }
 
 // Group is one logical unit through its paths. See the package comment.
@@ -66,6 +83,9 @@ type Group struct {
 
 	noUnmap, noSame atomic.Bool // the unit turned out not to know these
 	table           atomic.Pointer[table]
+	everyPath       atomic.Pointer[[]*Path]
+	through         atomic.Bool // writes are sent with FUA: no server keeps any that another cannot flush
+	ledger          ledger
 	waiting         atomic.Int64 // requests in the queue
 	stop            chan struct{}
 	routines        sync.WaitGroup
@@ -120,6 +140,16 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	if c.QueueDepth <= 0 {
 		c.QueueDepth = 128
 	}
+	switch c.Protection {
+	case "":
+		c.Protection = Hold
+	case Hold, Strict, Off:
+	default:
+		return nil, fmt.Errorf("map %s: ghost_protection %q: want hold, strict or off", c.Alias, c.Protection)
+	}
+	if c.FenceWait <= 0 {
+		c.FenceWait = 30 * time.Second
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -138,6 +168,12 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 		ReadOnly: first.ReadOnly, Rotational: first.Rotational, Trim: first.Unmap, WriteCache: first.WriteCache,
 	}
 	g.table.Store(&table{})
+	g.everyPath.Store(&[]*Path{})
+	for _, name := range c.Unfenced {
+		if c.Protection != Off {
+			g.openEpoch(&epoch{name: name, whole: true, since: time.Now(), fenced: make(chan struct{})})
+		}
+	}
 	return g, nil
 }
 
@@ -174,6 +210,7 @@ type PathConfig struct {
 	LUNNumber                 uint64
 	Order                     int // as configured: lower is better, whoever comes up first
 	Open                      Opener
+	OpenAt                    OpenerAt // nil: no fencing through other portals, no self-test
 }
 
 // ErrRefused wraps every refusal of AddPath.
@@ -203,9 +240,19 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 			return nil, fmt.Errorf("%w: map %s has path %s already", ErrRefused, g.cfg.Alias, pc.Name)
 		}
 	}
+	servers := slices.ContainsFunc(g.paths, func(p *Path) bool { return p.Target != pc.Target })
+	if servers && g.cfg.Policy == "multibus" && !g.cfg.MultibusServers {
+		return nil, fmt.Errorf("%w: map %s: multibus over different targets (%s and %s): neither can end the other's late writes; use failover, or allow it with --multibus-servers",
+			ErrRefused, g.cfg.Alias, first, pc.Target)
+	}
+	if servers && g.info.WriteCache && g.info.DPOFUA && !g.cfg.Replicated && !g.through.Swap(true) {
+		g.log.Info("the servers have caches of their own: writes are sent with FUA", "unless", "--replicated")
+	}
 	p := newPath(g, pc, len(g.paths))
 	g.paths = append(g.paths, p)
 	slices.SortStableFunc(g.paths, func(a, b *Path) int { return a.Order - b.Order })
+	every := slices.Clone(g.paths)
+	g.everyPath.Store(&every)
 	g.routines.Add(1)
 	go p.routine()
 	return p, nil
@@ -284,9 +331,13 @@ func (g *Group) stopQueueing() {
 	if len(g.table.Load().all) == 0 {
 		g.failing = true
 	}
+	hopeless := g.failing
 	g.mu.Unlock()
 	g.drain(&p)
 	p.Flush()
+	if hopeless {
+		g.releaseHeld(block.ErrNoPath)
+	}
 	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", g.retryText())
 }
 
@@ -297,10 +348,14 @@ func (g *Group) SetQueueing(on bool) {
 	if on {
 		g.forced = 1
 	}
+	hopeless := !on && len(g.table.Load().all) == 0
 	g.mu.Unlock()
 	var p block.Plug
 	g.drain(&p)
 	p.Flush()
+	if hopeless {
+		g.releaseHeld(block.ErrNoPath)
+	}
 }
 
 func (g *Group) path(name string) (*Path, error) {
@@ -365,6 +420,7 @@ func (g *Group) Close(ctx context.Context) {
 	g.drain(&p)
 	p.Flush()
 	g.routines.Wait()
+	g.releaseHeld(block.ErrShutdown)
 	g.drain(&p)
 	p.Flush()
 }

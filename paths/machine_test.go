@@ -2,11 +2,14 @@ package paths
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
+	"math/rand/v2"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
 
 	"github.com/mpathd/mpathd/block"
@@ -17,7 +20,7 @@ import (
 type step struct{ kind, a, b uint8 }
 
 var (
-	kinds    = []string{"submit", "submit", "submit", "end", "end", "end", "end", "kill", "door", "suspect", "hand", "sleep"}
+	kinds    = []string{"submit", "submit", "submit", "end", "end", "end", "end", "kill", "door", "suspect", "hand", "sleep", "haunt"}
 	outcomes = []string{"good", "good", "good", "good", "busy", "ua", "retry", "fail", "medium"}
 )
 
@@ -25,19 +28,62 @@ var (
 // once, none waits for ever once paths are back, an error needs a cause, and a
 // block holds what was last acknowledged.
 func TestAnyScriptOfFaults(t *testing.T) {
-	gen := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
-		return step{uint8(rapid.IntRange(0, len(kinds)-1).Draw(t, "kind")), rapid.Uint8().Draw(t, "a"), rapid.Uint8().Draw(t, "b")}
-	}), 1, 120)
 	rapid.Check(t, func(rt *rapid.T) {
-		steps := gen.Draw(rt, "steps")
-		n := rapid.IntRange(1, 4).Draw(rt, "paths")
-		policy := rapid.SampledFrom([]string{"failover", "multibus"}).Draw(rt, "policy")
-		var err error
-		synctest.Test(t, func(t *testing.T) { err = play(t, steps, n, policy) })
-		if err != nil {
+		if err := playDrawn(t, rt, Hold); err != nil {
 			rt.Fatal(err)
 		}
 	})
+}
+
+// search plays random scripts on few blocks until one fails.
+func search(t *testing.T, seeds uint64, policy, protection string) (uint64, error) {
+	for seed := range seeds {
+		r := rand.New(rand.NewPCG(seed, 0))
+		steps := make([]step, 150)
+		for i := range steps {
+			steps[i] = step{uint8(r.IntN(len(kinds))), uint8(r.Uint32()), uint8(r.Uint32())}
+			if kinds[steps[i].kind] == "submit" {
+				steps[i].b %= 3
+			}
+		}
+		var err error
+		synctest.Test(t, func(t *testing.T) { err = play(t, steps, 2, policy, protection) })
+		if err != nil {
+			return seed, err
+		}
+	}
+	return 0, nil
+}
+
+var scripts = flag.Uint64("scripts", 300, "random scripts per policy and protection")
+
+func TestLateWritesRevertNothing(t *testing.T) {
+	for _, policy := range []string{"failover", "multibus"} {
+		for _, protection := range []string{Hold, Strict} {
+			seed, err := search(t, *scripts, policy, protection)
+			require.NoError(t, err, "%s, %s, seed %d", policy, protection, seed)
+		}
+	}
+}
+
+// The same machine must see late writes revert data when nothing is protected:
+// else it proves nothing.
+func TestScriptsFindLateWritesWithoutProtection(t *testing.T) {
+	seed, err := search(t, 2000, "failover", Off)
+	require.ErrorContains(t, err, "holds")
+	t.Logf("seed %d: %v", seed, err)
+}
+
+func playDrawn(t *testing.T, rt *rapid.T, protection string) error {
+	gen := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) step {
+		return step{uint8(rapid.IntRange(0, len(kinds)-1).Draw(t, "kind")), rapid.Uint8().Draw(t, "a"), rapid.Uint8().Draw(t, "b")}
+	}), 1, 120)
+	steps := gen.Draw(rt, "steps")
+	n := rapid.IntRange(1, 4).Draw(rt, "paths")
+	policy := rapid.SampledFrom([]string{"failover", "multibus"}).Draw(rt, "policy")
+	var err error
+	synctest.Test(t, func(t *testing.T) { err = play(t, steps, n, policy, protection) })
+	return err
 }
 
 type machine struct {
@@ -50,8 +96,8 @@ type machine struct {
 	bad   map[*block.Request]bool    // an outcome that goes up was injected
 }
 
-func play(t *testing.T, steps []step, n int, policy string) error {
-	g, doors, d := newGroup(t, Config{NoPathRetry: Queue, Policy: policy, Selector: "round-robin 0"}, n, 3)
+func play(t *testing.T, steps []step, n int, policy, protection string) error {
+	g, doors, d := newGroup(t, Config{NoPathRetry: Queue, Policy: policy, Protection: protection, Selector: "round-robin 0"}, n, 3)
 	m := &machine{g: g, doors: doors, dn: newDone(), bad: map[*block.Request]bool{}}
 	for i := range m.want {
 		m.want[i] = []byte{0}
@@ -165,6 +211,8 @@ func (m *machine) step(s step, fill byte) {
 		} else {
 			m.g.ReinstatePath(name)
 		}
+	case "haunt":
+		d.haunt(int(s.b))
 	case "sleep":
 		time.Sleep(time.Duration(s.b) * 10 * time.Millisecond)
 	}

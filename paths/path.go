@@ -33,8 +33,10 @@ type Path struct {
 	failures atomic.Int64
 	latency  histogram
 
-	amu  sync.Mutex
-	free *attempt
+	amu      sync.Mutex
+	free     *attempt
+	attempts []attempt
+	lost     []lost // see lose
 
 	// Guarded by Group.mu.
 	session      Session
@@ -45,15 +47,20 @@ type Path struct {
 	wrongLU      bool // answers as another disk: never served again by itself
 	checkState   checker.State
 	lastError    string
+	trust        Trust
+	via          map[*Path]bool // whose portal can end this path's session: tried, and the answer
+	stopVia      func()         // ends fencing through other portals and waits
+	recheck      chan struct{}  // see doubt
 }
 
 type sessionBox struct{ Session }
 
 func newPath(g *Group, pc PathConfig, index int) *Path {
-	p := &Path{PathConfig: pc, g: g, index: index, wake: make(chan struct{}, 1), checkState: checker.Pending}
-	block := make([]attempt, g.cfg.QueueDepth)
-	for i := range block {
-		a := &block[i]
+	p := &Path{PathConfig: pc, g: g, index: index, wake: make(chan struct{}, 1), recheck: make(chan struct{}, 1), checkState: checker.Pending}
+	p.via = map[*Path]bool{}
+	p.attempts = make([]attempt, g.cfg.QueueDepth)
+	for i := range p.attempts {
+		a := &p.attempts[i]
 		a.path = p
 		a.cmd.Owner = a
 		a.next = p.free
@@ -99,6 +106,33 @@ func (p *Path) failIO(r *initiator.Result) {
 	}
 	if box := p.current.Swap(nil); box != nil {
 		box.Abort(cause) // only closes; the session's end reports it
+	}
+}
+
+// doubt takes the path out of service until its unit has proved again that it
+// is the map's disk. It never waits.
+func (p *Path) doubt() {
+	p.current.Store(nil)
+	select {
+	case p.recheck <- struct{}{}:
+	default:
+	}
+}
+
+// passDirt makes a live path to the same target answer for what this dead one
+// left in the target's cache.
+func (p *Path) passDirt() {
+	if !p.dirty.Load() {
+		return
+	}
+	p.g.mu.Lock()
+	defer p.g.mu.Unlock()
+	for _, q := range p.g.table.Load().all {
+		if tried, ok := p.via[q]; q != p && (p.Target == q.Target && (tried || !ok) || p.g.cfg.Replicated) {
+			q.dirty.Store(true)
+			p.dirty.Store(false)
+			return
+		}
 	}
 }
 
@@ -208,9 +242,27 @@ func (p *Path) serve() (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer func() { <-s.Done() }()
-	if err := p.verify(ctx, s); err != nil {
+	p.g.mu.Lock()
+	untested := p.trust == Untested && p.OpenAt != nil
+	p.g.mu.Unlock()
+	p.endVia()
+	if untested {
+		if s, err = p.selfTest(ctx, s); err != nil {
+			return 0, err
+		}
+	}
+	defer func() {
+		<-s.Done()
+		p.settle()
+	}()
+	if err = p.fenceOwn(ctx, s); err == nil {
+		err = p.verify(ctx, s)
+	}
+	if err != nil {
 		s.Abort(err)
+		for _, e := range p.g.ledger.of(p.Name) {
+			p.startVia(e)
+		}
 		return 0, err
 	}
 	began := time.Now()
@@ -282,6 +334,22 @@ func (p *Path) watch(ctx context.Context, s Session) {
 			defer cancel()
 			s.Close(stop)
 			return
+		case <-p.recheck:
+			if err := p.verify(ctx, s); err != nil {
+				s.Abort(err)
+				<-s.Done()
+				p.set(func() { p.lastError = err.Error() })
+				return
+			}
+			p.set(func() {
+				select {
+				case <-s.Done():
+				default:
+					p.current.Store(&sessionBox{s})
+					p.up, p.checkState = true, checker.Up
+				}
+			})
+			continue
 		case <-time.After(wait):
 		}
 		v := p.check(ctx, s)

@@ -34,7 +34,7 @@ func (g *Group) Submit(r *block.Request, p *block.Plug) {
 // not on avoid if there is another. False: no path took it.
 func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 	if r.Op == block.Trim && (g.noUnmap.Load() || !g.info.Unmap) || r.Op == block.Flush && !g.info.WriteCache {
-		r.Owner.Complete(r, p)
+		g.finish(r, nil, p)
 		return true
 	}
 	t := g.table.Load()
@@ -66,7 +66,8 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 
 // startFlush sends SYNCHRONIZE CACHE to each serving path that took writes
 // since its last one, in turn: behind different target names there may be
-// different caches. A path that is down is flushed before it serves again.
+// different caches. What a dead path may hold is flushed through a path to the
+// same target; if there is none, the flush waits until the path is back.
 func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 	for _, pt := range t.all {
 		bit := uint32(1) << pt.index
@@ -75,6 +76,11 @@ func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 				return false
 			}
 			return true
+		}
+	}
+	for _, pt := range *g.everyPath.Load() {
+		if pt.dirty.Load() && pt.current.Load() == nil {
+			return false
 		}
 	}
 	if r.Route.State&^stateSynced != 0 { // all that were dirty are clean
@@ -113,7 +119,7 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		scsi.Read(&c.CDB, lba, uint32(size/bs), use16)
 	case r.Op == block.Write:
 		c.Dir, c.Data = initiator.DataOut, r.Data[r.Route.Pos:r.Route.Pos+size]
-		scsi.Write(&c.CDB, lba, uint32(size/bs), r.Flags&block.FUA != 0 && g.info.DPOFUA, use16)
+		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.info.DPOFUA, use16)
 	case r.Op == block.Trim:
 		size = min(r.Len-r.Route.Pos, 1<<30)
 		if g.info.MaxUnmap > 0 {
@@ -133,9 +139,20 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	default:
 		size = min(r.Len-r.Route.Pos, int64(len(g.zeroes)))
 		c.Dir, c.Data = initiator.DataOut, g.zeroes[:size]
-		scsi.Write(&c.CDB, lba, uint32(size/bs), r.Flags&block.FUA != 0 && g.info.DPOFUA, use16)
+		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.info.DPOFUA, use16)
 	}
-	a.req, a.size, a.start = r, size, now()
+	a.size = size
+	if !flush && r.Op != block.Read && g.cfg.Protection != Off {
+		blocks := uint64(size / bs)
+		a.span.Store(span(lba, lba+blocks))
+		if g.ledger.open.Load() > 0 && g.hold(r, a, lba, lba+blocks) {
+			a.span.Store(0)
+			c.Data = nil
+			pt.give(a)
+			return true
+		}
+	}
+	a.req, a.start = r, now()
 	pt.load.InFlight.Add(1)
 	pt.load.Bytes.Add(size)
 	if s.Submit(c, p) {
@@ -143,6 +160,9 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	}
 	pt.load.InFlight.Add(-1)
 	pt.load.Bytes.Add(-size)
+	if a.span.Load() != 0 {
+		a.span.Store(0)
+	}
 	if flush {
 		r.Route.State &^= 1 << pt.index
 		if a.wasDirty {
