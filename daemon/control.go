@@ -85,6 +85,20 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("POST /reinstate", act(func(r *http.Request) error {
 		return d.onPath(r.FormValue("path"), (*paths.Group).ReinstatePath)
 	}))
+	mux.HandleFunc("POST /fence", act(func(r *http.Request) error {
+		d.mu.Lock()
+		maps := append([]*mapEntry(nil), d.maps...)
+		d.mu.Unlock()
+		name := r.FormValue("path")
+		for _, m := range maps {
+			for _, u := range m.group.Snapshot().Safety.Unfenced {
+				if u.Path == name {
+					return m.group.DeclareFenced(name)
+				}
+			}
+		}
+		return fmt.Errorf("no unfenced session of path %q: `mpathd show maps` lists them", name)
+	}))
 	mux.HandleFunc("POST /queue", act(func(r *http.Request) error {
 		d.mu.Lock()
 		defer d.mu.Unlock()

@@ -35,6 +35,7 @@ type Options struct {
 	QueueDepth    int
 	Policy        paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
 	Attach        Attacher     // nil: no kernel device
+	State         string       // file that remembers unfenced paths across runs; empty: none
 	Logger        *slog.Logger
 }
 
@@ -51,6 +52,7 @@ type Daemon struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	begun  time.Time
+	risk   *riskFile
 	http   *http.Server
 
 	mu      sync.Mutex
@@ -79,6 +81,10 @@ func Start(o Options) (*Daemon, error) {
 		}
 		urls = append(urls, u)
 	}
+	risk, err := openRiskFile(o.State)
+	if err != nil {
+		return nil, err
+	}
 	nbdLn, err := listen(o.NBD)
 	if err != nil {
 		return nil, fmt.Errorf("NBD socket: %w", err)
@@ -88,7 +94,7 @@ func Start(o Options) (*Daemon, error) {
 		nbdLn.Close()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	d := &Daemon{o: o, log: o.Logger, begun: time.Now(), pending: map[string]string{},
+	d := &Daemon{o: o, log: o.Logger, begun: time.Now(), risk: risk, pending: map[string]string{},
 		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
@@ -232,6 +238,7 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 		}
 		return s, nil
 	}
+	pc.OpenAt = func(ctx context.Context, portal string) (paths.Session, error) { return d.openAt(ctx, u, portal) }
 	if m != nil {
 		_, err := m.group.AddPath(pc, info)
 		return err
@@ -241,6 +248,7 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 	if cfg.Alias == "" || len(d.maps) > 0 {
 		cfg.Alias = info.WWID
 	}
+	d.remember(&cfg, info.WWID, lun)
 	g, err := paths.NewGroup(cfg, info)
 	if err != nil {
 		return err
@@ -265,6 +273,57 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 		go func() { defer d.wg.Done(); d.attach(m) }()
 	}
 	return nil
+}
+
+// openAt logs in at another portal of u's target as if on u's own path.
+func (d *Daemon) openAt(ctx context.Context, u initiator.URL, portal string) (paths.Session, error) {
+	c := d.sessionConfig(u, fmt.Sprint(u.Address, "/", u.LUN))
+	c.Address = portal
+	s, err := initiator.Open(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// remember connects a map with the file of unfenced paths: what the run before
+// left there must be fenced first, what this run begins is noted.
+func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
+	secrets := map[string]initiator.URL{}
+	for _, s := range d.o.URLs {
+		if u, err := initiator.ParseURL(s); err == nil {
+			secrets[u.Target] = u
+		}
+	}
+	for name, r := range d.risk.of(wwid) {
+		un := paths.Unfenced{Path: name, LUN: lun, Via: map[string]func(context.Context) (paths.Session, error){}}
+		if u, err := initiator.ParseURL(r.URL); err == nil {
+			un.LUN = scsi.LUNFromNumber(u.LUN)
+			if have, ok := secrets[u.Target]; ok {
+				u.User, u.Secret = have.User, have.Secret
+			}
+			for _, portal := range r.Portals {
+				un.Via[portal] = func(ctx context.Context) (paths.Session, error) { return d.openAt(ctx, u, portal) }
+			}
+		}
+		d.log.Warn("the run before ended without fencing this path: writes wait until that is done", "path", name, "through", r.Portals)
+		cfg.Unfenced = append(cfg.Unfenced, un)
+	}
+	cfg.OnRisk = func(name string, risk bool, portals []string) {
+		url := ""
+		if addr, lun, ok := strings.Cut(name, "/"); ok {
+			for _, s := range d.o.URLs {
+				if u, err := initiator.ParseURL(s); err == nil && u.Address == addr {
+					u.HasLUN, u.User, u.Secret = true, "", ""
+					fmt.Sscan(lun, &u.LUN)
+					url = u.String()
+				}
+			}
+		}
+		if err := d.risk.set(wwid, name, risk, riskPath{url, portals}); err != nil {
+			d.log.Error("state file not written: after a crash, writes under way on this path would not be known", "file", d.o.State, "cause", err)
+		}
+	}
 }
 
 func (d *Daemon) attach(m *mapEntry) {

@@ -16,6 +16,7 @@ const (
 	fenceUnproven = "unproven" // a login succeeded, but this target does not end old sessions, or does not drain
 	fenceTimed    = "timed"    // the configured quarantine is over
 	fenceCommand  = "command"  // the operator's fence command succeeded
+	fenceDeclared = "declared" // the operator said so
 )
 
 // Trust is what the self-test at bring-up found about a target.
@@ -149,64 +150,92 @@ func (g *Group) routineFence(e *epoch) {
 	}
 }
 
-// startVia begins to fence e through the portals that proved able to.
-func (p *Path) startVia(e *epoch) {
+// fenceWay is a login that ends the old session of a path.
+type fenceWay struct {
+	name string
+	open func(ctx context.Context) (Session, error)
+}
+
+// ways are the portals that proved able to end this path's session.
+func (p *Path) ways() (out []fenceWay) {
 	p.g.mu.Lock()
 	defer p.g.mu.Unlock()
-	var via []*Path
 	for q, ok := range p.via {
 		if ok {
-			via = append(via, q)
+			out = append(out, fenceWay{q.Name, func(ctx context.Context) (Session, error) { return p.OpenAt(ctx, q.Portal) }})
 		}
 	}
-	if len(via) == 0 || p.g.closed || p.stopVia != nil {
+	return out
+}
+
+// portals are those of ways.
+func (p *Path) portals() (out []string) {
+	p.g.mu.Lock()
+	defer p.g.mu.Unlock()
+	for q, ok := range p.via {
+		if ok {
+			out = append(out, q.Portal)
+		}
+	}
+	return out
+}
+
+// startVia begins to fence e through other portals.
+func (g *Group) startVia(e *epoch, lun [8]byte, ways []fenceWay) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(ways) == 0 || g.closed || e.stopVia != nil {
 		return
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	p.stopVia = func() { cancel(); <-done }
-	p.g.routines.Add(1)
+	e.stopVia = func() { cancel(); <-done }
+	g.routines.Add(1)
 	go func() {
-		defer p.g.routines.Done()
+		defer g.routines.Done()
 		defer close(done)
 		defer cancel()
-		defer context.AfterFunc(stopContext{p.g.stop}, cancel)()
-		p.fenceVia(ctx, e, via)
+		defer context.AfterFunc(stopContext{g.stop}, cancel)()
+		g.fenceVia(ctx, e, lun, ways)
 	}()
 }
 
 // endVia stops fencing through other portals and waits: a fence login after
 // the path's own would end the new session.
 func (p *Path) endVia() {
-	p.g.mu.Lock()
-	stop := p.stopVia
-	p.stopVia = nil
-	p.g.mu.Unlock()
-	if stop != nil {
-		stop()
+	for _, e := range p.g.ledger.of(p.Name) {
+		p.g.mu.Lock()
+		stop := e.stopVia
+		e.stopVia = nil
+		p.g.mu.Unlock()
+		if stop != nil {
+			stop()
+		}
 	}
 }
 
-// fenceVia tries all portals in parallel until one of them fenced e.
-func (p *Path) fenceVia(ctx context.Context, e *epoch, via []*Path) {
+// fenceVia tries all ways in parallel until one of them fenced e.
+func (g *Group) fenceVia(ctx context.Context, e *epoch, lun [8]byte, ways []fenceWay) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	backoff := fenceBackoff
 	for ctx.Err() == nil {
 		var wg sync.WaitGroup
-		for _, q := range via {
+		for _, w := range ways {
 			wg.Go(func() {
-				s, err := p.OpenAt(ctx, q.Portal)
+				s, err := w.open(ctx)
 				if err == nil {
-					err = p.drainUnit(ctx, s, e, "through "+q.Name)
+					if err = g.drainUnit(ctx, s, e, lun, Reinstates); err != nil {
+						s.Abort(err)
+					} else {
+						cancel()
+					}
 					end, stop := context.WithTimeout(context.Background(), time.Second)
 					s.Close(end)
 					stop()
 				}
-				if err == nil {
-					cancel()
-				} else if ctx.Err() == nil {
-					p.g.log.Warn("fence attempt failed", "path", p.Name, "through", q.Name, "cause", err)
+				if err != nil && ctx.Err() == nil {
+					g.log.Warn("fence attempt failed", "path", e.name, "through", w.name, "cause", err)
 				}
 			})
 		}
@@ -225,40 +254,40 @@ func (p *Path) fenceVia(ctx context.Context, e *epoch, via []*Path) {
 // drainUnit completes the fence on a session that was logged in with the ISID
 // of the dead one: unit attentions are taken, then LOGICAL UNIT RESET waits
 // for what the backend still does (tgt answers a login before that).
-func (p *Path) drainUnit(ctx context.Context, s Session, e *epoch, how string) error {
-	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.FenceWait)
+func (g *Group) drainUnit(ctx context.Context, s Session, e *epoch, lun [8]byte, trust Trust) error {
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.FenceWait)
 	defer cancel()
-	if err := initiator.TestUnitReady(ctx, s, p.LUN); err != nil {
+	if err := initiator.TestUnitReady(ctx, s, lun); err != nil {
 		var refused *initiator.StatusError
 		if !errors.As(err, &refused) {
 			return err
 		}
 	}
 	kind := fenceProven
-	p.g.mu.Lock()
-	trust := p.trust
-	p.g.mu.Unlock()
 	if trust == Untrusted {
 		kind = fenceUnproven
 	}
 	if r, ok := s.(resetter); ok {
 		var te *initiator.TaskError
-		switch err := r.LUReset(ctx, p.LUN); {
+		switch err := r.LUReset(ctx, lun); {
 		case errors.As(err, &te):
 			kind = fenceUnproven
-			p.g.log.Warn("the target does not reset its unit: what its backend still does cannot be awaited", "path", p.Name, "cause", err)
+			g.log.Warn("the target does not reset its unit: what its backend still does cannot be awaited", "path", e.name, "cause", err)
 		case err != nil:
-			return fmt.Errorf("fence %s: %w", how, err)
+			return fmt.Errorf("fence: %w", err)
 		}
 	}
-	p.g.closeEpoch(e, kind)
+	g.closeEpoch(e, kind)
 	return nil
 }
 
 // fenceOwn ends the path's epochs on its own new session, before it serves.
 func (p *Path) fenceOwn(ctx context.Context, s Session) error {
+	p.g.mu.Lock()
+	trust := p.trust
+	p.g.mu.Unlock()
 	for _, e := range p.g.ledger.of(p.Name) {
-		if err := p.drainUnit(ctx, s, e, "on the path itself"); err != nil {
+		if err := p.g.drainUnit(ctx, s, e, p.LUN, trust); err != nil {
 			return err
 		}
 	}

@@ -57,17 +57,26 @@ type Config struct {
 	Quarantine time.Duration // after which an unfenced session counts as dead without proof; 0 never
 	// FenceCommand fences a path outside iSCSI; nil means that it worked.
 	FenceCommand func(ctx context.Context, path string) error
-	// OnEpoch is told when a path begins and ends to have writes that may
-	// still execute behind its back.
-	OnEpoch func(path string, open bool)
-	// Unfenced are paths on which an earlier run may have left writes: until
-	// each is fenced, every mutation is held.
-	Unfenced []string
+	// OnRisk is told that a path is about to take writes (before the first),
+	// with the portals through which its session could be fenced, and that
+	// nothing of it can execute any more. What is at risk when the process
+	// dies is Unfenced of the next run.
+	OnRisk   func(path string, risk bool, portals []string)
+	Unfenced []Unfenced
 	// Replicated says that the servers of this disk replicate every write
 	// before they acknowledge it: a flush of one of them is enough.
 	Replicated bool
 	// MultibusServers allows the policy multibus over different target names.
 	MultibusServers bool
+}
+
+// Unfenced is a path on which an earlier run may have left writes on the way.
+// All mutations are held until it is fenced: by its own login, or by a login
+// with its ISID through one of the portals that proved able to.
+type Unfenced struct {
+	Path string
+	LUN  [8]byte
+	Via  map[string]func(ctx context.Context) (Session, error)
 }
 
 // Group is one logical unit through its paths. See the package comment.
@@ -88,6 +97,7 @@ type Group struct {
 	ledger          ledger
 	waiting         atomic.Int64 // requests in the queue
 	stop            chan struct{}
+	testing         chan struct{} // held by the path whose session is under self-test
 	routines        sync.WaitGroup
 
 	mu       sync.Mutex
@@ -153,7 +163,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	g := &Group{cfg: c, info: first, selector: sel, checker: chk, log: c.Logger.With("map", c.Alias), stop: make(chan struct{})}
+	g := &Group{cfg: c, info: first, selector: sel, checker: chk, log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), testing: make(chan struct{}, 1)}
 	bs := int64(first.BlockSize)
 	g.maxIO = maxCommand
 	if first.MaxTransfer > 0 {
@@ -169,9 +179,15 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	}
 	g.table.Store(&table{})
 	g.everyPath.Store(&[]*Path{})
-	for _, name := range c.Unfenced {
+	for _, u := range c.Unfenced {
 		if c.Protection != Off {
-			g.openEpoch(&epoch{name: name, whole: true, since: time.Now(), fenced: make(chan struct{})})
+			e := &epoch{name: u.Path, whole: true, since: time.Now(), fenced: make(chan struct{})}
+			var ways []fenceWay
+			for portal, open := range u.Via {
+				ways = append(ways, fenceWay{portal, open})
+			}
+			g.openEpoch(e)
+			g.startVia(e, u.LUN, ways)
 		}
 	}
 	return g, nil
@@ -399,6 +415,19 @@ func (g *Group) ReinstatePath(name string) error {
 	select {
 	case p.wake <- struct{}{}:
 	default:
+	}
+	return nil
+}
+
+// DeclareFenced is the operator's word that nothing sent on a path's old
+// session can execute any more (its server is off, say).
+func (g *Group) DeclareFenced(name string) error {
+	es := g.ledger.of(name)
+	if len(es) == 0 {
+		return fmt.Errorf("map %s: path %q has no unfenced session", g.cfg.Alias, name)
+	}
+	for _, e := range es {
+		g.closeEpoch(e, fenceDeclared)
 	}
 	return nil
 }

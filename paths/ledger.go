@@ -32,6 +32,7 @@ type epoch struct {
 	whole   bool // nothing is known: the whole device counts (after a crash)
 	since   time.Time
 	fenced  chan struct{} // closed when no write of the epoch can execute any more
+	stopVia func()        // ends fencing through other portals and waits; guarded by Group.mu
 }
 
 // extent is blocks [lo, hi) of an ambiguous write; req is the request that is
@@ -115,6 +116,8 @@ func (p *Path) settle() {
 	}
 	if len(e.extents) > 0 {
 		p.g.openEpoch(e)
+	} else if p.g.cfg.OnRisk != nil && len(p.g.ledger.of(p.Name)) == 0 {
+		p.g.cfg.OnRisk(p.Name, false, nil)
 	}
 	p.passDirt()
 	var plug block.Plug
@@ -141,13 +144,10 @@ func (g *Group) openEpoch(e *epoch) {
 		g.routines.Add(1)
 	}
 	g.mu.Unlock()
-	if g.cfg.OnEpoch != nil {
-		g.cfg.OnEpoch(e.name, true)
-	}
 	if !closed {
 		go g.routineFence(e)
 		if e.path != nil {
-			e.path.startVia(e)
+			g.startVia(e, e.path.LUN, e.path.ways())
 		}
 	}
 }
@@ -243,8 +243,8 @@ func (g *Group) closeEpoch(e *epoch, how string) bool {
 	}
 	log("old session fenced", "path", e.name, "how", how, "took", took.Round(time.Microsecond), "writes_at_risk", len(e.extents),
 		"blocks_at_risk", e.blocksAtRisk(), "requests_released", n, "longest_hold", longest.Round(time.Microsecond))
-	if g.cfg.OnEpoch != nil {
-		g.cfg.OnEpoch(e.name, len(l.of(e.name)) > 0)
+	if g.cfg.OnRisk != nil && len(l.of(e.name)) == 0 {
+		g.cfg.OnRisk(e.name, false, nil)
 	}
 	return true
 }

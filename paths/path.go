@@ -246,7 +246,18 @@ func (p *Path) serve() (time.Duration, error) {
 	untested := p.trust == Untested && p.OpenAt != nil
 	p.g.mu.Unlock()
 	p.endVia()
+	tested := func() {}
 	if untested {
+		// One path at a time, until it serves: each then finds those before it.
+		select {
+		case p.g.testing <- struct{}{}:
+			tested = sync.OnceFunc(func() { <-p.g.testing })
+			defer tested()
+		case <-ctx.Done():
+			s.Abort(ctx.Err())
+			<-s.Done()
+			return 0, ctx.Err()
+		}
 		if s, err = p.selfTest(ctx, s); err != nil {
 			return 0, err
 		}
@@ -261,9 +272,12 @@ func (p *Path) serve() (time.Duration, error) {
 	if err != nil {
 		s.Abort(err)
 		for _, e := range p.g.ledger.of(p.Name) {
-			p.startVia(e)
+			p.g.startVia(e, p.LUN, p.ways())
 		}
 		return 0, err
+	}
+	if p.g.cfg.OnRisk != nil {
+		p.g.cfg.OnRisk(p.Name, true, p.portals())
 	}
 	began := time.Now()
 	p.set(func() {
@@ -279,6 +293,7 @@ func (p *Path) serve() (time.Duration, error) {
 			p.g.log.Info("path serves", "path", p.Name)
 		}
 	})
+	tested()
 	p.watch(ctx, s)
 	return time.Since(began), nil
 }

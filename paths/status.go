@@ -1,8 +1,10 @@
 package paths
 
 import (
+	"maps"
 	"math/bits"
 	"sync/atomic"
+	"time"
 )
 
 // MapStatus is one map of `show maps --json`.
@@ -20,6 +22,41 @@ type MapStatus struct {
 	NBD       NBDStatus     `json:"nbd"`
 	Paths     PathCounts    `json:"paths"`
 	Groups    []GroupStatus `json:"groups"`
+	Safety    Safety        `json:"write_safety"`
+}
+
+// Safety is what the map does about writes that may still execute behind dead
+// paths; docs/write-safety.md explains it.
+type Safety struct {
+	Mode          string           `json:"ghost_protection"`
+	WriteThrough  bool             `json:"write_through"`
+	Unfenced      []UnfencedStatus `json:"unfenced"`
+	Held          int              `json:"held"`  // requests that wait for a fence now
+	Holds         int64            `json:"holds"` // since start
+	LongestHoldMS int64            `json:"longest_hold_ms"`
+	Fences        map[string]int64 `json:"fences"` // proven, unproven, timed, command
+}
+
+// UnfencedStatus is one old session that may still write.
+type UnfencedStatus struct {
+	Path   string `json:"path"`
+	ForMS  int64  `json:"for_ms"`
+	Writes int    `json:"writes"`
+	Blocks uint64 `json:"blocks"`
+	Whole  bool   `json:"whole_device"`
+}
+
+func (l *ledger) status(c *Config) Safety {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := Safety{Mode: c.Protection, Unfenced: []UnfencedStatus{}, Held: len(l.held), Holds: l.holds, LongestHoldMS: l.longest.Milliseconds(), Fences: maps.Clone(l.fences)}
+	for _, e := range l.epochs {
+		s.Unfenced = append(s.Unfenced, UnfencedStatus{e.name, time.Since(e.since).Milliseconds(), len(e.extents), e.blocksAtRisk(), e.whole})
+	}
+	if s.Fences == nil {
+		s.Fences = map[string]int64{}
+	}
+	return s
 }
 
 // NBDStatus is how the map is exported; the daemon fills it in.
@@ -48,6 +85,7 @@ type GroupStatus struct {
 type PathStatus struct {
 	Name         string  `json:"name"`
 	URL          string  `json:"url"`
+	Trust        Trust   `json:"fence_test"` // reinstates, untrusted, or empty when not tested
 	Portal       string  `json:"portal"`
 	Target       string  `json:"target"`
 	LUN          uint64  `json:"lun"`
@@ -81,11 +119,13 @@ func (g *Group) Snapshot() MapStatus {
 	}
 	m := MapStatus{Alias: g.cfg.Alias, WWID: g.info.WWID, Vendor: g.info.Vendor, Product: g.info.Product, Size: g.geometry.Size,
 		BlockSize: g.geometry.BlockSize, ReadOnly: g.geometry.ReadOnly, Queueing: g.queueing(), Queued: g.waiting.Load(), Groups: []GroupStatus{}}
+	m.Safety = g.ledger.status(&g.cfg)
+	m.Safety.WriteThrough = g.through.Load()
 	m.Paths.Total, m.Paths.Active = len(g.paths), len(t.paths)
 	for i, p := range g.paths {
 		st := PathStatus{Name: p.Name, URL: p.URL, Portal: p.Portal, Target: p.Target, LUN: p.LUNNumber, State: "down", Serving: serving[p],
 			Checker: g.checker.Name(), CheckerState: string(p.checkState), Prio: 1, InFlight: p.load.InFlight.Load(), IOs: p.ios.Load(),
-			Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError}
+			Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.trust}
 		st.Latency.P50, st.Latency.P99 = p.latency.percentile(50), p.latency.percentile(99)
 		if p.usable() {
 			m.Paths.Usable++

@@ -104,6 +104,9 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	c := &a.cmd
 	c.LUN = pt.LUN
 	c.Dir, c.Data = initiator.NoData, nil
+	// GOOD is the word on UNMAP and WRITE SAME: tgt 1.0.85 answers UNMAP with a
+	// residual as long as its parameter list.
+	c.ShortOK = r.Op == block.Trim || r.Op == block.WriteZeroes && !g.noSame.Load()
 	bs := int64(g.info.BlockSize)
 	lba := uint64((r.Off + r.Route.Pos) / bs)
 	use16 := g.info.Use16

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"syscall"
 	"time"
@@ -24,7 +26,7 @@ const (
 
 func runCommand() *cobra.Command {
 	o := daemon.Options{}
-	var attachTo, failback, retry string
+	var attachTo, failback, retry, fence string
 	c := &cobra.Command{Use: "run [flags] PATH-URL ...", Short: "log in, make maps, export them", Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(_ *cobra.Command, urls []string) error {
 			for _, u := range urls {
@@ -50,6 +52,12 @@ func runCommand() *cobra.Command {
 				}
 				o.Policy.NoPathRetry = n
 			}
+			if o.Policy.Protection != paths.Hold && o.Policy.Protection != paths.Strict && o.Policy.Protection != paths.Off {
+				return usageError{fmt.Errorf("--ghost-protection %q: want hold, strict or off", o.Policy.Protection)}
+			}
+			if fence != "" {
+				o.Policy.FenceCommand = func(ctx context.Context, path string) error { return runFence(ctx, fence, path) }
+			}
 			att, err := attacher(attachTo)
 			if err != nil {
 				return err
@@ -58,6 +66,12 @@ func runCommand() *cobra.Command {
 			if o.InitiatorName == "" {
 				if o.InitiatorName, err = daemon.InitiatorName(o.Logger); err != nil {
 					return err
+				}
+			}
+			if o.State == "" {
+				o.State = "/var/lib/mpathd/unfenced.json"
+				if o.Control != defaultControl {
+					o.State = filepath.Join(filepath.Dir(o.Control), "unfenced.json")
 				}
 			}
 			d, err := daemon.Start(o)
@@ -87,5 +101,24 @@ func runCommand() *cobra.Command {
 	f.StringVar(&retry, "no-path-retry", "queue", "without a path: queue, fail, or a number of checks to wait")
 	f.DurationVar(&o.Policy.PollingInterval, "polling-interval", 5*time.Second, "shortest time between checks")
 	f.DurationVar(&o.Policy.MaxPollingInterval, "max-polling-interval", 0, "longest time between checks (default 4 x polling-interval)")
+	f.StringVar(&o.Policy.Protection, "ghost-protection", paths.Hold, "late writes of dead paths: hold overlapping writes until fenced, strict, or off")
+	f.DurationVar(&o.Policy.FenceWait, "fence-wait", 30*time.Second, "complain about an old session that is not fenced by then")
+	f.DurationVar(&o.Policy.Quarantine, "quarantine", 0, "treat an old session as dead after this time without proof (0: never)")
+	f.StringVar(&fence, "fence-command", "", "shell command that fences the path $MPATHD_PATH at the storage, for when iSCSI cannot")
+	f.BoolVar(&o.Policy.Replicated, "replicated", false, "the servers replicate every write before they acknowledge it: flush one of them, no FUA")
+	f.BoolVar(&o.Policy.MultibusServers, "multibus-servers", false, "allow --policy multibus over different targets")
+	f.StringVar(&o.State, "state", "", "file that remembers unfenced paths across a crash (default: /var/lib/mpathd/unfenced.json, or beside a --control elsewhere)")
 	return c
+}
+
+// runFence runs the operator's command; it succeeds if the command does.
+func runFence(ctx context.Context, command, path string) error {
+	c := exec.CommandContext(ctx, "/bin/sh", "-c", command)
+	c.Env = append(os.Environ(), "MPATHD_PATH="+path)
+	c.WaitDelay = time.Second
+	out, err := c.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w: %.200q", err, out)
+	}
+	return nil
 }

@@ -37,6 +37,7 @@ type tgtd struct {
 	image   string
 	iqn     string
 	cmd     *exec.Cmd
+	env     []string
 }
 
 func freePort(t *testing.T) int {
@@ -60,6 +61,7 @@ func (d *tgtd) adm(args ...string) {
 func (d *tgtd) start() {
 	d.t.Helper()
 	d.cmd = exec.Command("tgtd", "-f", "-C", fmt.Sprint(d.control), "--iscsi", fmt.Sprintf("portal=127.0.0.1:%d", d.port))
+	d.cmd.Env = append(os.Environ(), d.env...)
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
 	}
