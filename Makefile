@@ -1,7 +1,7 @@
 GO ?= go
 PACKAGES = ./...
 
-.PHONY: build demo test bench lab fuzz lint deps
+.PHONY: build demo test bench lab fuzz ghost sim lint deps
 
 build:
 	$(GO) build -o mpathd ./cmd/mpathd
@@ -25,6 +25,16 @@ fuzz:
 
 bench: deps build
 	$(GO) run ./bench -mpathd ./mpathd | tee bench.md
+
+# Late writes on a real target: 20 rounds of each way to be late, and the same
+# rounds without protection, which must revert.
+ghost: deps
+	$(GO) test -v -count=1 -timeout 1500s -run 'LateWrites|Crash' ./internal/e2e -ghost-rounds 20 -ghost-table $(CURDIR)/ghost.md
+
+# Random scripts of faults over simulated sessions in fake time.
+SIM_SCRIPTS ?= 20000
+sim:
+	$(GO) test -v -count=1 -timeout 3600s -run 'LateWrites|ScriptsFind' ./paths -scripts $(SIM_SCRIPTS)
 
 lab: deps
 	$(GO) test -v -count=1 -timeout 540s ./internal/lab
