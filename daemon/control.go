@@ -79,6 +79,12 @@ func (d *Daemon) handler() http.Handler {
 		s := d.Snapshot()
 		return Status{1, os.Getpid(), d.o.InitiatorName, d.o.NBD, int64(time.Since(d.begun).Seconds()), len(s.Maps), len(s.Pending)}
 	}))
+	mux.HandleFunc("GET /config", show(func() any {
+		if d.o.ShowConfig == nil {
+			return map[string]any{}
+		}
+		return d.o.ShowConfig()
+	}))
 	mux.HandleFunc("POST /fail", act(func(r *http.Request) error {
 		return d.onPath(r.FormValue("path"), (*paths.Group).FailPath)
 	}))

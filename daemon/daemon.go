@@ -27,6 +27,9 @@ import (
 // Options is what `mpathd run` was asked to do.
 type Options struct {
 	URLs          []string
+	Targets       []initiator.URL // like URLs, with secrets that no URL could carry
+	Discover      []Discovery     // portals whose targets are asked for
+	Resolve       Resolver        // settings of each map; nil: Policy for all
 	InitiatorName string
 	NBD           string // unix:PATH or tcp:HOST:PORT
 	Control       string // path of the control socket
@@ -37,11 +40,20 @@ type Options struct {
 	Attach        Attacher     // nil: no kernel device
 	State         string       // file that remembers unfenced paths across runs; empty: none
 	Logger        *slog.Logger
+	ShowConfig    func() any // what `show config` prints; nil: nothing
 }
 
-// Attacher makes a kernel device of an export; it returns its path and a way
-// to detach it.
-type Attacher func(d *Daemon, export, wwid string, g block.Geometry) (device string, detach func() error, err error)
+// Discovery is a portal to ask for its targets (SendTargets), and the CHAP
+// credentials for the discovery and for what it finds.
+type Discovery struct{ Address, User, Secret string }
+
+// Resolver gives the policy of the map that a unit belongs to and the kernel
+// device pinned to it, if any. An error leaves the unit alone.
+type Resolver func(info *initiator.LUInfo) (cfg paths.Config, device string, err error)
+
+// Attacher makes a kernel device of an export, the named one if a name is
+// given; it returns its path and a way to detach it. One call at a time.
+type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (path string, detach func() error, err error)
 
 // Daemon is a running stack.
 type Daemon struct {
@@ -55,14 +67,17 @@ type Daemon struct {
 	risk   *riskFile
 	http   *http.Server
 
-	mu      sync.Mutex
-	maps    []*mapEntry
-	pending map[string]string // URL -> why it is not up yet
+	attaching sync.Mutex
+	mu        sync.Mutex
+	urls      []initiator.URL // all that were asked for or found
+	maps      []*mapEntry
+	pending   map[string]string // URL -> why it is not up yet
 }
 
 type mapEntry struct {
 	group  *paths.Group
 	alias  string
+	pinned string // the device it must get, or empty
 	device string
 	detach func() error
 }
@@ -73,7 +88,7 @@ func Start(o Options) (*Daemon, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	urls := make([]initiator.URL, 0, len(o.URLs))
+	urls := slices.Clone(o.Targets)
 	for _, s := range o.URLs {
 		u, err := initiator.ParseURL(s)
 		if err != nil {
@@ -102,12 +117,62 @@ func Start(o Options) (*Daemon, error) {
 	go func() { defer d.wg.Done(); d.server.Serve(nbdLn) }()
 	go func() { defer d.wg.Done(); d.http.Serve(ctlLn) }()
 	d.log.Info("serving", "nbd", o.NBD, "control", o.Control, "initiator", o.InitiatorName)
-	for i, u := range urls {
-		d.pending[u.String()] = "connecting"
+	for _, u := range urls {
+		d.addURL(u)
+	}
+	for _, p := range o.Discover {
 		d.wg.Add(1)
-		go func() { defer d.wg.Done(); d.bringUp(u, i) }()
+		go func() { defer d.wg.Done(); d.discover(p) }()
 	}
 	return d, nil
+}
+
+// addURL begins to bring a URL up, once.
+func (d *Daemon) addURL(u initiator.URL) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ctx.Err() != nil || slices.ContainsFunc(d.urls, func(have initiator.URL) bool { return have.String() == u.String() }) {
+		return
+	}
+	order := len(d.urls)
+	d.urls = append(d.urls, u)
+	d.pending[u.String()] = "connecting"
+	d.wg.Add(1)
+	go func() { defer d.wg.Done(); d.bringUp(u, order) }()
+}
+
+// discover asks a portal for its targets until it answers.
+func (d *Daemon) discover(p Discovery) {
+	wait := 100 * time.Millisecond
+	name := "discovery at " + p.Address
+	logged := ""
+	for d.ctx.Err() == nil {
+		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, User: p.User, Secret: p.Secret}, "discovery "+p.Address))
+		if err == nil {
+			d.mu.Lock()
+			delete(d.pending, name)
+			d.mu.Unlock()
+			d.log.Info("discovered", "portal", p.Address, "targets", len(ts))
+			for _, t := range ts {
+				for _, at := range t.Portals {
+					d.addURL(initiator.URL{Address: at.Address, Target: t.Name, User: p.User, Secret: p.Secret})
+				}
+			}
+			return
+		}
+		if err.Error() != logged {
+			logged = err.Error()
+			d.log.Error("discovery failed", "portal", p.Address, "cause", err)
+		}
+		d.mu.Lock()
+		d.pending[name] = err.Error()
+		d.mu.Unlock()
+		select {
+		case <-time.After(wait):
+		case <-d.ctx.Done():
+		}
+		wait = min(2*wait, 5*time.Second)
+	}
 }
 
 // listen opens a socket that only its owner may use. A socket that a dead
@@ -243,9 +308,16 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 		_, err := m.group.AddPath(pc, info)
 		return err
 	}
-	cfg := d.o.Policy
+	cfg, pinned := d.o.Policy, ""
+	if d.o.Resolve != nil {
+		var err error
+		if cfg, pinned, err = d.o.Resolve(info); err != nil {
+			return fmt.Errorf("%w: %w", paths.ErrRefused, err)
+		}
+		merge = merge || cfg.Merge
+	}
 	cfg.WWID, cfg.Merge, cfg.Logger, cfg.QueueDepth = info.WWID, merge, d.log, d.o.QueueDepth
-	if cfg.Alias == "" || len(d.maps) > 0 {
+	if cfg.Alias == "" || d.o.Resolve == nil && len(d.maps) > 0 {
 		cfg.Alias = info.WWID
 	}
 	d.remember(&cfg, info.WWID, lun)
@@ -256,7 +328,7 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 	if _, err := g.AddPath(pc, info); err != nil {
 		return err
 	}
-	m = &mapEntry{group: g, alias: cfg.Alias}
+	m = &mapEntry{group: g, alias: cfg.Alias, pinned: pinned}
 	var aliases []string
 	for _, n := range append([]string{info.WWID}, info.Synonyms...) {
 		if n != cfg.Alias && n != "" {
@@ -289,11 +361,9 @@ func (d *Daemon) openAt(ctx context.Context, u initiator.URL, portal string) (pa
 // remember connects a map with the file of unfenced paths: what the run before
 // left there must be fenced first, what this run begins is noted.
 func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
-	secrets := map[string]initiator.URL{}
-	for _, s := range d.o.URLs {
-		if u, err := initiator.ParseURL(s); err == nil {
-			secrets[u.Target] = u
-		}
+	secrets := map[string]initiator.URL{} // the caller holds d.mu
+	for _, u := range d.urls {
+		secrets[u.Target] = u
 	}
 	for name, r := range d.risk.of(wwid) {
 		un := paths.Unfenced{Path: name, LUN: lun, Via: map[string]func(context.Context) (paths.Session, error){}}
@@ -312,8 +382,11 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 	cfg.OnRisk = func(name string, risk bool, portals []string) {
 		url := ""
 		if addr, lun, ok := strings.Cut(name, "/"); ok {
-			for _, s := range d.o.URLs {
-				if u, err := initiator.ParseURL(s); err == nil && u.Address == addr {
+			d.mu.Lock()
+			urls := slices.Clone(d.urls)
+			d.mu.Unlock()
+			for _, u := range urls {
+				if u.Address == addr {
 					u.HasLUN, u.User, u.Secret = true, "", ""
 					fmt.Sscan(lun, &u.LUN)
 					url = u.String()
@@ -327,7 +400,9 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 }
 
 func (d *Daemon) attach(m *mapEntry) {
-	dev, detach, err := d.o.Attach(d, m.alias, m.group.Info().WWID, m.group.Geometry())
+	d.attaching.Lock()
+	dev, detach, err := d.o.Attach(d, m.alias, m.group.Info().WWID, m.pinned, m.group.Geometry())
+	d.attaching.Unlock()
 	if err != nil {
 		d.log.Warn("no kernel device", "map", m.alias, "cause", err)
 		return

@@ -27,8 +27,11 @@ func attacher(spec string) (daemon.Attacher, error) {
 		}
 		return nil, err
 	}
-	device := strings.TrimPrefix(spec, "auto")
-	return func(d *daemon.Daemon, export, wwid string, g block.Geometry) (string, func() error, error) {
+	first := strings.TrimPrefix(spec, "auto")
+	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (string, func() error, error) {
+		if device == "" {
+			device, first = first, "" // daemon attaches one map at a time
+		}
 		kernel, conn, err := sys.SocketPair()
 		if err != nil {
 			return "", nil, err

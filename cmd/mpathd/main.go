@@ -22,7 +22,7 @@ func main() {
 	root := &cobra.Command{Use: "mpathd", Short: "one block device out of several iSCSI paths", SilenceErrors: true, SilenceUsage: true}
 	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), showCommand(), pathCommand("fail", "take a path out of service"),
+	root.AddCommand(runCommand(), showCommand(), checkCommand(), pathCommand("fail", "take a path out of service"),
 		pathCommand("reinstate", "let a path serve again"), pathCommand("fence", "declare that the path's old session can write no more (its server is off)"), queueCommand(), discoverCommand(), wwidCommand(), demoCommand(), targetCommand())
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "mpathd:", err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/mpathd/mpathd/config"
 	"github.com/mpathd/mpathd/daemon"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/paths"
@@ -26,9 +28,10 @@ const (
 
 func runCommand() *cobra.Command {
 	o := daemon.Options{}
-	var attachTo, failback, retry, fence string
-	c := &cobra.Command{Use: "run [flags] PATH-URL ...", Short: "log in, make maps, export them", Args: args(cobra.MinimumNArgs(1)),
-		RunE: func(_ *cobra.Command, urls []string) error {
+	var attachTo, failback, retry, fence, file string
+	var effective *config.Config
+	c := &cobra.Command{Use: "run [flags] [PATH-URL ...]", Short: "log in, make maps, export them", Args: args(cobra.ArbitraryArgs),
+		RunE: func(cmd *cobra.Command, urls []string) error {
 			for _, u := range urls {
 				if _, err := initiator.ParseURL(u); err != nil {
 					return usageError{err}
@@ -58,21 +61,51 @@ func runCommand() *cobra.Command {
 			if fence != "" {
 				o.Policy.FenceCommand = func(ctx context.Context, path string) error { return runFence(ctx, fence, path) }
 			}
-			att, err := attacher(attachTo)
-			if err != nil {
-				return err
-			}
-			o.URLs, o.Attach, o.Logger = urls, att, logger()
-			if o.InitiatorName == "" {
-				if o.InitiatorName, err = daemon.InitiatorName(o.Logger); err != nil {
-					return err
-				}
-			}
+			o.Logger = logger()
 			if o.State == "" {
 				o.State = "/var/lib/mpathd/unfenced.json"
 				if o.Control != defaultControl {
 					o.State = filepath.Join(filepath.Dir(o.Control), "unfenced.json")
 				}
+			}
+			if file == "" && len(urls) == 0 { // URLs alone are the whole job
+				file = findConfig()
+			}
+			if file != "" {
+				c, err := config.Load(file)
+				if err != nil {
+					return err
+				}
+				for _, w := range c.Warnings {
+					o.Logger.Warn("configuration", "at", w.Pos.String(), "text", w.Text)
+				}
+				if len(c.Errors) > 0 {
+					report(c)
+					return errConfig
+				}
+				if err := configure(&o, c, cmd.Flags().Changed, &attachTo); err != nil {
+					return fmt.Errorf("configuration %s: %w", file, err)
+				}
+				effective = c
+			}
+			if len(urls) == 0 && len(o.Targets) == 0 && len(o.Discover) == 0 {
+				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
+			}
+			att, err := attacher(attachTo)
+			if err != nil {
+				return err
+			}
+			o.URLs, o.Attach = urls, att
+			if o.InitiatorName == "" {
+				if o.InitiatorName, err = daemon.InitiatorName(o.Logger); err != nil {
+					return err
+				}
+			}
+			o.ShowConfig = func() any {
+				if effective == nil {
+					return map[string]any{}
+				}
+				return configJSON(effective, true)
 			}
 			d, err := daemon.Start(o)
 			if err != nil {
@@ -86,6 +119,7 @@ func runCommand() *cobra.Command {
 			return d.Stop(ctx)
 		}}
 	f := c.Flags()
+	f.StringVar(&file, "config", "", "configuration (default, without PATH-URLs: /etc/mpathd.conf, else /etc/multipath.conf)")
 	f.StringVar(&o.NBD, "nbd", defaultNBD, "where NBD clients connect: unix:PATH or tcp:HOST:PORT")
 	f.StringVar(&o.Control, "control", defaultControl, "control socket")
 	f.StringVar(&attachTo, "attach", "auto", "kernel device: auto, none or /dev/nbdX")

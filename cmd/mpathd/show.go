@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/paths"
 )
 
 var control string
@@ -58,26 +59,39 @@ func printJSON(v any) error {
 }
 
 func showCommand() *cobra.Command {
-	c := controlFlag(&cobra.Command{Use: "show maps|topology|paths|status", Short: "what the daemon has"})
-	var asJSON bool
+	c := controlFlag(&cobra.Command{Use: "show maps|topology|paths|config|status", Short: "what the daemon has"})
+	var asJSON, watch bool
 	c.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.PersistentFlags().BoolVar(&watch, "watch", false, "print again every second, until interrupted")
 	sub := func(use, short, path string, out func() any, text func(any)) {
 		c.AddCommand(&cobra.Command{Use: use, Short: short, Args: args(cobra.NoArgs), RunE: func(*cobra.Command, []string) error {
-			v := out()
-			if err := call("GET", path, nil, v); err != nil {
-				return err
+			for {
+				v := out()
+				if err := call("GET", path, nil, v); err != nil {
+					return err
+				}
+				if watch && !asJSON {
+					fmt.Print("\x1b[H\x1b[2J") // home and clear
+				}
+				if asJSON {
+					if err := printJSON(v); err != nil {
+						return err
+					}
+				} else {
+					text(v)
+				}
+				if !watch {
+					return nil
+				}
+				time.Sleep(time.Second)
 			}
-			if asJSON {
-				return printJSON(v)
-			}
-			text(v)
-			return nil
 		}})
 	}
 	maps := func() any { return &daemon.Maps{} }
 	sub("maps", "one line per map", "/maps", maps, func(v any) { printMaps(v.(*daemon.Maps)) })
 	sub("paths", "one line per path", "/maps", maps, func(v any) { printPaths(v.(*daemon.Maps)) })
 	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", maps, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
+	sub("config", "the configuration in force", "/config", func() any { return &map[string]any{} }, func(v any) { printJSON(v) })
 	sub("status", "the daemon itself", "/status", func() any { return &daemon.Status{} }, func(v any) {
 		s := v.(*daemon.Status)
 		fmt.Printf("pid %d, up %v, initiator %s, NBD %s, %d maps, %d paths pending\n", s.PID, time.Duration(s.UptimeSeconds)*time.Second, s.Initiator, s.NBD, s.Maps, s.Pending)
@@ -96,8 +110,23 @@ func printMaps(m *daemon.Maps) {
 }
 
 func printPending(m *daemon.Maps) {
+	for _, x := range m.Maps {
+		printSafety(os.Stdout, &x)
+	}
 	for _, p := range m.Pending {
 		fmt.Printf("pending: %s: %s\n", p.URL, p.Cause)
+	}
+}
+
+// printSafety is silent while nothing is at risk.
+func printSafety(w io.Writer, x *paths.MapStatus) {
+	for _, u := range x.Safety.Unfenced {
+		risk := fmt.Sprintf("%d writes (%d blocks)", u.Writes, u.Blocks)
+		if u.Whole {
+			risk = "any write of the run before"
+		}
+		fmt.Fprintf(w, "%s: the old session of path %s may still execute %s, for %v; %d requests wait for its fence\n",
+			x.Alias, u.Path, risk, time.Duration(u.ForMS)*time.Millisecond, x.Safety.Held)
 	}
 }
 

@@ -324,7 +324,7 @@ func TestRefusals(t *testing.T) {
 		want string
 	}{
 		{[]string{"run", "http://x"}, 2, "want iscsi://"},
-		{[]string{"run"}, 2, "requires at least 1 arg"},
+		{[]string{"run", "--config", "/dev/null/x"}, 1, "configuration /dev/null/x"},
 		{[]string{"run", "--no-path-retry", "x", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "want queue, fail or a number"},
 		{[]string{"show", "maps", "--control", "/nonexistent/c.sock"}, 1, "is `mpathd run` up"},
 		{[]string{"wwid", fmt.Sprintf("iscsi://127.0.0.1:%d/iqn.a:b/0", freePort(t))}, 1, "connection refused"},

@@ -1,0 +1,213 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var xensan = LU{WWID: "1494554000000000031343934353534303366313630633030", Vendor: "IET", Product: "VIRTUAL-DISK", Revision: "0"}
+
+func errorsOf(c *Config) (out []string) {
+	for _, e := range c.Errors {
+		out = append(out, e.Error())
+	}
+	return out
+}
+
+func TestReferenceConfiguration(t *testing.T) {
+	c, err := Load("../docs/examples/reference.conf")
+	require.NoError(t, err)
+	require.Empty(t, errorsOf(c))
+	var warnings []string
+	for _, w := range c.Warnings {
+		require.Positive(t, w.Line)
+		warnings = append(warnings, w.Text)
+	}
+	require.Len(t, warnings, 2, "%q", warnings)
+	require.Contains(t, warnings[0], "udev_dir does nothing here")
+	require.Contains(t, warnings[1], "default_getuid_callout does nothing here")
+	s := c.For(xensan)
+	require.Equal(t, "xensan", s.Alias)
+	require.True(t, s.Named)
+	require.Equal(t, "failover", s.Policy)
+	require.Equal(t, "round-robin 0", s.Selector)
+	require.Equal(t, "readsector0", s.Checker)
+	require.Equal(t, 5*time.Second, s.PollingInterval)
+	require.Equal(t, 20*time.Second, s.MaxPollingInterval)
+	require.False(t, s.Manual)
+	require.Equal(t, -1, s.NoPathRetry)
+	require.Empty(t, s.Approximations)
+	require.Empty(t, c.Blacklisted(xensan))
+	require.NotEmpty(t, c.Blacklisted(LU{WWID: "200d04b651805e38e"}))
+	require.Len(t, c.Initiator.Target, 2)
+	require.Equal(t, "1s", c.Initiator.Settings["failover_time"])
+}
+
+// What multipath-tools loses in silence is an error with its place.
+func TestSilentLossesAreErrors(t *testing.T) {
+	for _, c := range []struct{ what, text, want string }{
+		{"brace on the next line", "defaults\n{\n polling_interval 5\n}\n", "f:1: `{` is missing behind defaults"},
+		{"section on one line", "defaults { user_friendly_names yes }\n", "f:1: nothing may follow `{`"},
+		{"text behind a closing brace", "defaults {\n} blacklist {\n", "f:2: nothing may follow `}`"},
+		{"stray closing brace", "}\n", "f:1: `}` closes nothing"},
+		{"section not closed", "defaults {\n", "f:1: the section defaults is not closed"},
+		{"not a number", "defaults {\n polling_interval often\n}\n", `f:2: polling_interval: "often" is no number`},
+		{"negative number", "defaults {\n polling_interval -1\n}\n", "f:2: polling_interval: -1 is out of range"},
+		{"number out of range", "defaults {\n max_polling_interval 99999999999999999999\n}\n", "f:2: max_polling_interval:"},
+		{"no value", "defaults {\n path_checker\n}\n", "f:2: path_checker has no value"},
+		{"more than one value", "defaults {\n path_selector round-robin 0\n}\n", "f:2: only one value is read"},
+		{"broken expression", "blacklist {\n devnode \"^(a\"\n}\n", "f:2: regular expression"},
+		{"broken reservation key", "defaults {\n reservation_key xyz\n}\n", "f:2: reservation_key"},
+		{"count of selector words", "defaults {\n path_selector \"round-robin 2 x\"\n}\n", "f:2: path_selector"},
+		{"string without end", "defaults {\n path_selector \"round-robin 0\n}\n", "f:2: the string has no end"},
+		{"typo in a new section", "initiator {\n nmae iqn.a:b\n}\n", `is "name" meant?`},
+		{"wrong url", "initiator {\n target http://x\n}\n", "f:2: target: path URL"},
+		{"time without unit", "initiator {\n failover_time 1\n}\n", "has no unit"},
+		{"ghost protection", "defaults {\n ghost_protection maybe\n}\n", "want hold, strict, off"},
+		{"two maps on one device", "multipaths {\n multipath {\n wwid a\n nbd_device /dev/nbd0\n }\n multipath {\n wwid b\n nbd_device /dev/nbd0\n }\n}\n", "is given to both"},
+		{"multipath without wwid", "multipaths {\n multipath {\n alias x\n }\n}\n", "has no wwid"},
+	} {
+		got := errorsOf(Parse("f", c.text))
+		require.NotEmpty(t, got, c.what)
+		require.Contains(t, strings.Join(got, "\n"), c.want, c.what)
+	}
+}
+
+func TestGrammar(t *testing.T) {
+	c := Parse("f", "defaults{\n\tpath_selector\"round-robin 0\" # comment\n ! another\n alias_prefix \"a \"\"b\"\"\"\n}\r\nblacklist {\n device {\n vendor \"X#1\"\n }\n devnode \"!^sd\"\n}\n")
+	require.Empty(t, errorsOf(c))
+	require.Equal(t, "round-robin 0", c.Defaults["path_selector"])
+	require.Equal(t, `a "b"`, c.Defaults["alias_prefix"])
+	require.Equal(t, "X#1", c.Blacklist.Device[0]["vendor"])
+	require.Equal(t, []string{"!^sd"}, c.Blacklist.Devnode)
+}
+
+func TestUnknownWordsAreWarningsWithAHint(t *testing.T) {
+	c := Parse("f", "defualts {\n x y\n}\ndefaults {\n poling_interval 5\n user_friendly_names maybe\n}\n")
+	require.Empty(t, errorsOf(c))
+	require.Len(t, c.Warnings, 3)
+	require.Contains(t, c.Warnings[0].Text, `is "defaults" meant?`)
+	require.Contains(t, c.Warnings[1].Text, `is "polling_interval" meant?`)
+	require.Contains(t, c.Warnings[2].Text, "is ignored: want yes")
+	require.Empty(t, c.Defaults)
+}
+
+func TestPrecedence(t *testing.T) {
+	c := Parse("f", `
+defaults {
+	path_checker tur
+	no_path_retry fail
+	failback manual
+}
+devices {
+	device {
+		vendor "^IET"
+		product ".*"
+		path_checker directio
+		no_path_retry 3
+		path_selector "queue-length 0"
+	}
+}
+overrides {
+	no_path_retry 5
+}
+multipaths {
+	multipath {
+		wwid 3600
+		no_path_retry queue
+	}
+}
+`)
+	require.Empty(t, errorsOf(c))
+	s := c.For(LU{WWID: "x", Vendor: "IET", Product: "VIRTUAL-DISK"})
+	require.Equal(t, "directio", s.Checker)
+	require.Equal(t, 5, s.NoPathRetry)
+	require.True(t, s.Manual)
+	require.Equal(t, "queue-length 0", s.Selector)
+	require.False(t, s.Named)
+	s = c.For(LU{WWID: "other", Synonyms: []string{"3600"}, Vendor: "IET", Product: "VIRTUAL-DISK"})
+	require.Equal(t, -1, s.NoPathRetry)
+	require.True(t, s.Named)
+	require.Equal(t, "tur", c.For(LU{Vendor: "other"}).Checker)
+}
+
+func TestHardwareTableBeatsDefaultsAndLosesToDevices(t *testing.T) {
+	text := "defaults {\n no_path_retry fail\n}\n"
+	lu := LU{Vendor: "3PARdata", Product: "VV"}
+	require.Equal(t, 18, Parse("f", text).For(lu).NoPathRetry)
+	text += "devices {\n device {\n vendor 3PAR\n product VV\n no_path_retry 2\n }\n}\n"
+	require.Equal(t, 2, Parse("f", text).For(lu).NoPathRetry)
+	require.Greater(t, len(builtin()), 100)
+	for _, d := range builtin() {
+		for k, v := range d {
+			o := find(k, "V")
+			require.NotNil(t, o, k)
+			require.NoError(t, o.check(v), "%s %s", k, v)
+		}
+	}
+}
+
+func TestExceptionsProtectWithinTheirCriterion(t *testing.T) {
+	c := Parse("f", "blacklist {\n wwid \".*\"\n device {\n vendor IET\n }\n}\nblacklist_exceptions {\n wwid \"^3600\"\n}\n")
+	require.Empty(t, c.Blacklisted(LU{WWID: "3600"}))
+	require.NotEmpty(t, c.Blacklisted(LU{WWID: "3700"}))
+	require.NotEmpty(t, c.Blacklisted(LU{WWID: "3600", Vendor: "IET"}))
+}
+
+func TestConfDirectory(t *testing.T) {
+	dir := t.TempDir()
+	more := filepath.Join(dir, "multipath", "conf.d")
+	require.NoError(t, os.MkdirAll(more, 0o700))
+	for name, text := range map[string]string{
+		filepath.Join(dir, "multipath.conf"): "defaults {\n polling_interval 1\n verbosity 3\n}\n",
+		filepath.Join(more, "b.conf"):        "defaults {\n polling_interval 3\n}\n",
+		filepath.Join(more, "a.conf"):        "defaults {\n polling_interval 2\n}\n",
+		filepath.Join(more, "c.txt"):         "garbage {",
+	} {
+		require.NoError(t, os.WriteFile(name, []byte(text), 0o600))
+	}
+	c, err := Load(filepath.Join(dir, "multipath.conf"))
+	require.NoError(t, err)
+	require.Empty(t, errorsOf(c))
+	require.Equal(t, "3", c.Defaults["polling_interval"])
+	require.Equal(t, "3", c.Defaults["verbosity"])
+}
+
+func TestSecretsAreNotQuoted(t *testing.T) {
+	c := Parse("f", "initiator {\n target iscsi://u%topsecretword@h/iqn.a:b/0 x\n target iscsi://u%topsecretword@/iqn\n}\n")
+	require.NotEmpty(t, c.Errors)
+	for _, e := range c.Errors {
+		require.NotContains(t, e.Detail(), "topsecretword")
+	}
+}
+
+func TestDetailPointsAtThePlace(t *testing.T) {
+	c := Parse("f", "defaults {\n\tpolling_interval often\n}\n")
+	require.Equal(t, "f:2: error: polling_interval: \"often\" is no number: want 1 to 86400\n    \tpolling_interval often\n    \t                 ^", c.Errors[0].Detail())
+}
+
+func FuzzParse(f *testing.F) {
+	b, _ := os.ReadFile("../docs/examples/reference.conf")
+	f.Add(string(b))
+	f.Add("defaults{\nx\"y\n}}\n{\nblacklist {\ndevice {\nvendor \"[\"\n")
+	f.Add("initiator {\n target {\n url iscsi://a/iqn.a:b\n }\n}\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		if len(text) > 1<<16 {
+			return
+		}
+		c := Parse("f", text)
+		for _, d := range append(c.Errors, c.Warnings...) {
+			_ = d.Detail()
+		}
+		c.For(xensan)
+		c.Blacklisted(xensan)
+	})
+}
