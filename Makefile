@@ -23,6 +23,7 @@ fuzz:
 	for f in FuzzSense FuzzVPD83; do $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s ./scsi || exit 1; done
 	$(GO) test -run '^$$' -fuzz '^FuzzKeys$$' -fuzztime 60s ./initiator/pdu
 	for f in FuzzHandshake FuzzTransmission; do $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime 60s ./nbd || exit 1; done
+	$(GO) test -run '^$$' -fuzz '^FuzzParse$$' -fuzztime 60s ./config
 
 bench: deps build
 	$(GO) run ./bench -mpathd ./mpathd | tee bench.md

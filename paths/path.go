@@ -278,6 +278,11 @@ func (p *Path) serve() (time.Duration, error) {
 	}
 	if p.g.cfg.OnRisk != nil {
 		p.g.cfg.OnRisk(p.Name, true, p.portals())
+		for _, q := range p.siblings() {
+			if untested { // they can now be fenced through this path too
+				p.g.cfg.OnRisk(q.Name, true, q.portals())
+			}
+		}
 	}
 	began := time.Now()
 	p.set(func() {

@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests run against, if any is missing.
 set -euo pipefail
 packages="tgt fio qemu-utils qemu-block-extra libnbd-bin libiscsi-bin
-qemu-system-x86 busybox-static cpio kmod nftables e2fsprogs iproute2"
+gcc libc6-dev qemu-system-x86 busybox-static cpio kmod nftables e2fsprogs iproute2"
 missing=
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"

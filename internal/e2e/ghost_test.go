@@ -241,6 +241,8 @@ func TestCrashWithWritesUnderWay(t *testing.T) {
 			h.start()
 			h.dial()
 			began := time.Now()
+			watchdog := time.AfterFunc(40*time.Second, func() { panic("the first write hangs; mpathd says:\n" + h.log.String()) })
+			defer watchdog.Stop()
 			require.NoError(t, overwrite(h.client, off, 4096))
 			t.Logf("%s: first write of the new run after %v", protection, time.Since(began).Round(time.Millisecond))
 			a.Deliver()
