@@ -130,7 +130,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	if c.Policy != "failover" && c.Policy != "multibus" {
 		return nil, fmt.Errorf("map %s: path_grouping_policy %q: want failover or multibus", c.Alias, c.Policy)
 	}
-	sel, err := selector.New(c.Selector)
+	sel, err := selector.New(c.Selector, now)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
 	}

@@ -1,6 +1,6 @@
 // Package selector decides which path of a group takes the next I/O, as the
 // path selectors of dm-multipath do (drivers/md/dm-ps-*.c). Picking is pure:
-// no lock, no clock, no allocation.
+// no lock, no allocation.
 package selector
 
 import (
@@ -13,6 +13,12 @@ import (
 type Load struct {
 	InFlight atomic.Int64 // commands
 	Bytes    atomic.Int64 // data of those commands
+	// Repeat is how many I/Os in a row round-robin gives this path: rr_min_io
+	// times its priority with rr_weight priorities. 0 counts as 1.
+	Repeat atomic.Int64
+
+	service atomic.Int64 // historical service time, ns
+	last    atomic.Int64 // monotonic ns of the last observation
 }
 
 // Selector picks an index into loads (at least one) for an I/O of size bytes.
@@ -22,10 +28,20 @@ type Selector interface {
 	Pick(loads []*Load, size int) int
 }
 
-// New makes a selector from its multipath.conf spelling: a name, and an
-// argument count that is ignored.
-func New(spec string) (Selector, error) {
-	name, _, _ := strings.Cut(strings.TrimSpace(spec), " ")
+// An Observer is a Selector that learns from every I/O that succeeds: it took
+// ns and ended at the monotonic time now, in ns.
+type Observer interface {
+	Observe(l *Load, ns, now int64)
+}
+
+// New makes a selector from its multipath.conf spelling: a name, the number of
+// arguments, and the arguments. now is the monotonic clock, in ns.
+func New(spec string, now func() int64) (Selector, error) {
+	words := strings.Fields(spec)
+	name := ""
+	if len(words) > 0 {
+		name = words[0]
+	}
 	switch name {
 	case "failover":
 		return failover{}, nil
@@ -35,8 +51,14 @@ func New(spec string) (Selector, error) {
 		return queueLength{}, nil
 	case "service-time", "":
 		return serviceTime{}, nil
+	case "historical-service-time":
+		var args []string
+		if len(words) > 2 {
+			args = words[2:]
+		}
+		return newHistorical(args, now)
 	}
-	return nil, fmt.Errorf("path_selector %q: want failover, round-robin, queue-length or service-time", spec)
+	return nil, fmt.Errorf("path_selector %q: want failover, round-robin, queue-length, service-time or historical-service-time", spec)
 }
 
 type failover struct{}
@@ -44,11 +66,24 @@ type failover struct{}
 func (failover) Name() string          { return "failover 0" }
 func (failover) Pick([]*Load, int) int { return 0 }
 
+// roundRobin takes the paths in turn, each for its Repeat.
 type roundRobin struct{ n atomic.Uint64 }
 
 func (*roundRobin) Name() string { return "round-robin 0" }
 func (r *roundRobin) Pick(loads []*Load, _ int) int {
-	return int(r.n.Add(1) % uint64(len(loads)))
+	var total uint64
+	for _, l := range loads {
+		total += uint64(max(l.Repeat.Load(), 1))
+	}
+	at := r.n.Add(1) % total
+	for i, l := range loads {
+		n := uint64(max(l.Repeat.Load(), 1))
+		if at < n {
+			return i
+		}
+		at -= n
+	}
+	return 0 // a Repeat grew meanwhile
 }
 
 type queueLength struct{}
