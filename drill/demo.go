@@ -110,6 +110,9 @@ func Demo(ctx context.Context, w io.Writer) error {
 		}
 		live(ctx, w, d, load, time.Second)
 		f.longest, f.errs, f.wrong = load.Mark()
+		if f.longest > faultTime*9/10 { // loosely: a slow machine is no failure
+			lost = errors.Join(lost, fmt.Errorf("%s: an I/O took %v: it waited for the path to come back", f.name, f.longest))
+		}
 	}
 	verdict := load.Stop(lu.ReadAt)
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)

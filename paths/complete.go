@@ -23,6 +23,7 @@ type attempt struct {
 	size        int64
 	start       int64
 	wasDirty    bool
+	dirties     bool          // leaves data in a cache
 	span        atomic.Uint64 // blocks of the mutation in flight, see span
 	unsupported *atomic.Bool  // set when the unit does not know the command
 	list        [scsi.UnmapListLen]byte
@@ -53,7 +54,7 @@ func (a *attempt) Done(c *initiator.Command, p *block.Plug) {
 	case act.Verb == Done:
 		pt.ios.Add(1)
 		pt.latency.add(now() - a.start)
-		if !flush && r.Op != block.Read && !pt.dirty.Load() {
+		if !flush && a.dirties && !pt.dirty.Load() {
 			pt.dirty.Store(true)
 		}
 	default:

@@ -100,17 +100,19 @@ type Group struct {
 	testing         chan struct{} // held by the path whose session is under self-test
 	routines        sync.WaitGroup
 
-	mu       sync.Mutex
-	paths    []*Path
-	head     *block.Request
-	tail     *block.Request
-	draining bool
-	again    bool
-	closed   bool
-	active   *Path // first path of the group that serves, for manual failback
-	giveUp   *time.Timer
-	failing  bool // no_path_retry is used up
-	forced   int  // operator's queue on (1) or off (-1)
+	mu          sync.Mutex
+	paths       []*Path
+	head        *block.Request
+	tail        *block.Request
+	draining    bool
+	again       bool
+	closed      bool
+	active      *Path // first path of the group that serves, for manual failback
+	giveUp      *time.Timer
+	parked      *block.Request // flushes that wait for a path, linked by Route.Next
+	giveUpFlush *time.Timer
+	failing     bool // no_path_retry is used up
+	forced      int  // operator's queue on (1) or off (-1)
 }
 
 // table is what Submit looks at: immutable, published whole.
@@ -349,6 +351,7 @@ func (g *Group) stopQueueing() {
 	}
 	hopeless := g.failing
 	g.mu.Unlock()
+	g.unpark(nil, &p)
 	g.drain(&p)
 	p.Flush()
 	if hopeless {
@@ -367,6 +370,7 @@ func (g *Group) SetQueueing(on bool) {
 	hopeless := !on && len(g.table.Load().all) == 0
 	g.mu.Unlock()
 	var p block.Plug
+	g.unpark(nil, &p)
 	g.drain(&p)
 	p.Flush()
 	if hopeless {
@@ -443,6 +447,9 @@ func (g *Group) Close(ctx context.Context) {
 	if g.giveUp != nil {
 		g.giveUp.Stop()
 	}
+	if g.giveUpFlush != nil {
+		g.giveUpFlush.Stop()
+	}
 	close(g.stop)
 	g.mu.Unlock()
 	var p block.Plug
@@ -450,6 +457,7 @@ func (g *Group) Close(ctx context.Context) {
 	p.Flush()
 	g.routines.Wait()
 	g.releaseHeld(block.ErrShutdown)
+	g.unpark(block.ErrShutdown, &p)
 	g.drain(&p)
 	p.Flush()
 }

@@ -124,6 +124,7 @@ func (p *Path) settle() {
 	for _, l := range all {
 		p.g.retry(l.req, Action{}, p, &plug)
 	}
+	p.g.unpark(nil, &plug) // passDirt may have found another path for them
 	if p.g.waiting.Load() > 0 {
 		p.g.drain(&plug)
 	}

@@ -145,6 +145,7 @@ func (p *Path) set(f func()) {
 	p.g.publish()
 	p.g.mu.Unlock()
 	var plug block.Plug
+	p.g.unpark(nil, &plug)
 	p.g.drain(&plug)
 	plug.Flush()
 }

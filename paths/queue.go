@@ -1,6 +1,10 @@
 package paths
 
-import "github.com/mpathd/mpathd/block"
+import (
+	"time"
+
+	"github.com/mpathd/mpathd/block"
+)
 
 // enqueue lets a request wait, oldest first: requests that come back from a
 // dead path are older than those that came since.
@@ -77,4 +81,58 @@ func (g *Group) drain(p *block.Plug) {
 	}
 	g.draining = false
 	g.mu.Unlock()
+}
+
+// park puts a flush aside until the path that it needs is back: other requests
+// go on meanwhile. It reports whether it kept or ended r; false means that the
+// path came back just now.
+func (g *Group) park(r *block.Request, p *block.Plug) bool {
+	g.mu.Lock()
+	missing := false
+	for _, pt := range g.paths {
+		missing = missing || pt.dirty.Load() && pt.current.Load() == nil
+	}
+	wait := missing && !g.closed && g.queueing()
+	if wait {
+		r.Route.Next = g.parked
+		g.parked = r
+		if n := g.cfg.NoPathRetry; n > 0 && g.forced == 0 && g.giveUpFlush == nil {
+			g.giveUpFlush = time.AfterFunc(time.Duration(n)*g.cfg.PollingInterval, func() {
+				var plug block.Plug
+				g.mu.Lock()
+				g.giveUpFlush = nil
+				g.mu.Unlock()
+				g.unpark(block.ErrIO, &plug)
+				plug.Flush()
+			})
+		}
+	}
+	g.mu.Unlock()
+	switch {
+	case wait:
+		g.log.Warn("a flush waits for a server that holds unflushed writes and is not reachable")
+	case missing:
+		g.finish(r, block.ErrIO, p) // never a false success
+	default:
+		return false
+	}
+	return true
+}
+
+// unpark starts the parked flushes anew, or fails them.
+func (g *Group) unpark(err error, p *block.Plug) {
+	g.mu.Lock()
+	r := g.parked
+	g.parked = nil
+	g.mu.Unlock()
+	for r != nil {
+		next := r.Route.Next
+		r.Route.Next = nil
+		if err != nil {
+			g.finish(r, err, p)
+		} else {
+			g.proceed(r, nil, p)
+		}
+		r = next
+	}
 }

@@ -67,7 +67,7 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 // startFlush sends SYNCHRONIZE CACHE to each serving path that took writes
 // since its last one, in turn: behind different target names there may be
 // different caches. What a dead path may hold is flushed through a path to the
-// same target; if there is none, the flush waits until the path is back.
+// same target; if there is none, the flush is parked until the path is back.
 func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 	for _, pt := range t.all {
 		bit := uint32(1) << pt.index
@@ -78,9 +78,12 @@ func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 			return true
 		}
 	}
+	if len(t.all) == 0 {
+		return false
+	}
 	for _, pt := range *g.everyPath.Load() {
 		if pt.dirty.Load() && pt.current.Load() == nil {
-			return false
+			return g.park(r, p)
 		}
 	}
 	if r.Route.State&^stateSynced != 0 { // all that were dirty are clean
@@ -106,6 +109,10 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	c.Dir, c.Data = initiator.NoData, nil
 	// GOOD is the word on UNMAP and WRITE SAME: tgt 1.0.85 answers UNMAP with a
 	// residual as long as its parameter list.
+	a.dirties = r.Op != block.Read && r.Op != block.Flush && g.info.WriteCache
+	if g.through.Load() && r.Op != block.WriteZeroes { // nothing stays in a cache: a trim need not last
+		a.dirties = false
+	}
 	c.ShortOK = r.Op == block.Trim || r.Op == block.WriteZeroes && !g.noSame.Load()
 	bs := int64(g.info.BlockSize)
 	lba := uint64((r.Off + r.Route.Pos) / bs)
@@ -139,9 +146,13 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.info.Unmap && g.info.Zeroes)
 		c.Dir, c.Data = initiator.DataOut, g.zeroes[:bs]
 		a.unsupported = &g.noSame
+		if g.through.Load() { // WRITE SAME knows no FUA
+			r.Flags |= block.FUA
+		}
 	default:
 		size = min(r.Len-r.Route.Pos, int64(len(g.zeroes)))
 		c.Dir, c.Data = initiator.DataOut, g.zeroes[:size]
+		a.dirties = a.dirties && !g.through.Load()
 		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.info.DPOFUA, use16)
 	}
 	a.size = size
