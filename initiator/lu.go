@@ -31,6 +31,10 @@ type LUInfo struct {
 	MaxUnmap                             uint32 // blocks, 0 unlimited
 	MaxWriteSame                         uint64 // blocks, 0 unlimited
 	Use16                                bool   // 16-byte READ and WRITE
+	TPGS                                 uint8  // scsi.TPGSImplicit, scsi.TPGSExplicit
+	// Standby says that the unit is in an asymmetric access state, through this
+	// port, in which it does not tell its capacity: Blocks may be 0.
+	Standby bool
 }
 
 // Size is the capacity in bytes.
@@ -125,14 +129,17 @@ func Identify(ctx context.Context, d Doer, lun [8]byte) (*LUInfo, error) {
 	if inq.Type != 0 {
 		return nil, fmt.Errorf("LUN %d is no disk (device type %#02x)", scsi.LUNNumber(lun), inq.Type)
 	}
-	l.Vendor, l.Product, l.Revision = inq.Vendor, inq.Product, inq.Revision
-	if err := TestUnitReady(ctx, d, lun); err != nil {
+	l.Vendor, l.Product, l.Revision, l.TPGS = inq.Vendor, inq.Product, inq.Revision, inq.TPGS
+	var refused *StatusError
+	if err := TestUnitReady(ctx, d, lun); errors.As(err, &refused) && refused.Sense.Key == scsi.KeyNotReady && refused.Sense.ASC == 4 && refused.Sense.ASCQ == 0x0b {
+		l.Standby = true
+	} else if err != nil {
 		return nil, err
 	}
 	if err := l.pages(ctx, d, inq); err != nil {
 		return nil, err
 	}
-	if err := l.capacity(ctx, d); err != nil {
+	if err := l.capacity(ctx, d); err != nil && !(l.Standby && refusedByLU(err)) {
 		return nil, err
 	}
 	b, err = run(ctx, d, "MODE SENSE", lun, scsi.ModeSense6(0x08, 192), 192)

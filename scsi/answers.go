@@ -9,6 +9,7 @@ import (
 type InquiryData struct {
 	Qualifier, Type           uint8
 	Version                   uint8
+	TPGS                      uint8  // asymmetric access: TPGSImplicit, TPGSExplicit or both
 	Vendor, Product, Revision string // blanks trimmed at the right
 	rawVendor, rawProduct     string
 }
@@ -19,7 +20,7 @@ func ParseInquiry(b []byte) (InquiryData, error) {
 		return InquiryData{}, fmt.Errorf("inquiry data: %d bytes, need 36", len(b))
 	}
 	return InquiryData{
-		Qualifier: b[0] >> 5, Type: b[0] & 0x1f, Version: b[2],
+		Qualifier: b[0] >> 5, Type: b[0] & 0x1f, Version: b[2], TPGS: b[5] >> 4 & 3,
 		Vendor: text(b[8:16]), Product: text(b[16:32]), Revision: text(b[32:36]),
 		rawVendor: string(b[8:16]), rawProduct: string(b[16:32]),
 	}, nil

@@ -12,7 +12,7 @@ const module = "github.com/mpathd/mpathd/"
 // floor of each package; a package imports only what is on a lower floor, or
 // a named neighbour.
 var floors = map[string]int{
-	"cmd/mpathd": 50, "drill": 42, "daemon": 41, "paths": 30, "config": 25, "checker": 25, "initiator": 20, "nbd/client": 21, "nbd/attach": 21, "nbd": 20, "selector": 20,
+	"cmd/mpathd": 50, "drill": 42, "daemon": 41, "paths": 30, "config": 25, "checker": 25, "initiator": 20, "nbd/client": 21, "nbd/attach": 21, "nbd": 20, "selector": 20, "selector/prio": 25,
 	"block": 10, "scsi": 0, "initiator/pdu": 0, "nbd/proto": 0, "internal/sys": 0, "internal/target": 19, "internal/faultnet": 19,
 	"internal/e2e": 60, "internal/lab": 60, "internal/lab/gonbd": 60, "internal/arch": 60, "bench": 55,
 }

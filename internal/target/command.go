@@ -128,6 +128,10 @@ func (c *conn) decode(r *request) {
 			}
 		}
 	}
+	if s := r.lu.access.Load().refusal(c.nexus.group, op); s != noSense {
+		r.sense = s
+		return
+	}
 	var lba, blocks uint64
 	write := false
 	switch op {
@@ -141,6 +145,9 @@ func (c *conn) decode(r *request) {
 		fallthrough
 	case opRead16:
 		lba, blocks = binary.BigEndian.Uint64(r.cdb[2:]), uint64(binary.BigEndian.Uint32(r.cdb[10:]))
+	case opMaintenanceOut:
+		r.n = uint64(binary.BigEndian.Uint32(r.cdb[6:]))
+		return
 	case opUnmap:
 		r.n = uint64(binary.BigEndian.Uint16(r.cdb[7:]))
 		return
@@ -152,7 +159,7 @@ func (c *conn) decode(r *request) {
 	default:
 		return
 	}
-	total := r.lu.size >> r.lu.shift
+	total := r.lu.size.Load() >> r.lu.shift
 	switch {
 	case lba > total || blocks > total-lba:
 		r.sense = errRange

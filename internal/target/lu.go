@@ -24,13 +24,14 @@ var zeros [chunkSize]byte
 // LU is a logical unit: a sparse RAM disk with an identity. All methods may be
 // called from any goroutine.
 type LU struct {
-	size      uint64
+	size      atomic.Uint64 // bytes
 	blockSize int
 	shift     uint // log2(blockSize)
 	chunks    []atomic.Pointer[chunk]
 	identity  atomic.Pointer[Identity]
 	readOnly  atomic.Bool
 	noCache   atomic.Bool
+	access    atomic.Pointer[access] // nil: symmetric
 }
 
 // MaxSize is the largest RAM disk in bytes. Memory is used for written chunks
@@ -40,7 +41,8 @@ const MaxSize = 64 << 40
 // NewLU makes a RAM disk of size bytes in blocks of blockSize bytes (512 to
 // 4096, a power of two).
 func NewLU(size uint64, blockSize int, id Identity) (*LU, error) {
-	l := &LU{size: size, blockSize: blockSize}
+	l := &LU{blockSize: blockSize}
+	l.size.Store(size)
 	for blockSize>>l.shift > 1 {
 		l.shift++
 	}
@@ -56,8 +58,19 @@ func NewLU(size uint64, blockSize int, id Identity) (*LU, error) {
 }
 
 // Size is the capacity in bytes, BlockSize the logical block in bytes.
-func (l *LU) Size() uint64   { return l.size }
+func (l *LU) Size() uint64   { return l.size.Load() }
 func (l *LU) BlockSize() int { return l.blockSize }
+
+// Resize changes the capacity, at most to what NewLU was given, and tells all
+// sessions by UNIT ATTENTION.
+func (s *Server) Resize(l *LU, size uint64) error {
+	if most := uint64(len(l.chunks)) << chunkShift; size == 0 || size > most || size%uint64(l.blockSize) != 0 {
+		return fmt.Errorf("target: size %d: want a multiple of %d, at most %d", size, l.blockSize, most)
+	}
+	l.size.Store(size)
+	s.Attention(l, 0x2a, 0x09)
+	return nil
+}
 
 // SetReadOnly sets the write protection that MODE SENSE reports and writes meet.
 func (l *LU) SetReadOnly(ro bool) { l.readOnly.Store(ro) }
@@ -77,12 +90,12 @@ func (l *LU) Allocated() uint64 {
 }
 
 // inside tells whether n bytes at off are on the disk.
-func (l *LU) inside(off, n uint64) bool { return off <= l.size && n <= l.size-off }
+func (l *LU) inside(off, n uint64) bool { return off <= l.size.Load() && n <= l.size.Load()-off }
 
 // ReadAt fills p from byte off. Like WriteAt it fails only outside the disk.
 func (l *LU) ReadAt(p []byte, off int64) (int, error) {
 	if off < 0 || !l.inside(uint64(off), uint64(len(p))) {
-		return 0, fmt.Errorf("target: read of %d bytes at %d: beyond %d", len(p), off, l.size)
+		return 0, fmt.Errorf("target: read of %d bytes at %d: beyond %d", len(p), off, l.size.Load())
 	}
 	l.read(p, uint64(off))
 	return len(p), nil
@@ -91,7 +104,7 @@ func (l *LU) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt writes p at byte off.
 func (l *LU) WriteAt(p []byte, off int64) (int, error) {
 	if off < 0 || !l.inside(uint64(off), uint64(len(p))) {
-		return 0, fmt.Errorf("target: write of %d bytes at %d: beyond %d", len(p), off, l.size)
+		return 0, fmt.Errorf("target: write of %d bytes at %d: beyond %d", len(p), off, l.size.Load())
 	}
 	l.write(p, uint64(off))
 	return len(p), nil

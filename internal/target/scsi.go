@@ -23,6 +23,8 @@ const (
 	opWriteSame16    = 0x93
 	opServiceIn16    = 0x9e
 	opReportLUNs     = 0xa0
+	opMaintenanceIn  = 0xa3
+	opMaintenanceOut = 0xa4
 )
 
 // maxWriteSame and maxUnmap bound one command, in bytes and descriptors.
@@ -62,7 +64,7 @@ func (c *conn) execute(r *request, param []byte) ([]byte, Sense) {
 		return cut(c.reportLUNs(), be32(cdb[6:])), noSense
 	case opReadCapacity10:
 		b := c.scratch[:8]
-		binary.BigEndian.PutUint32(b, uint32(min(lu.size>>lu.shift-1, 0xffffffff)))
+		binary.BigEndian.PutUint32(b, uint32(min(lu.size.Load()>>lu.shift-1, 0xffffffff)))
 		binary.BigEndian.PutUint32(b[4:], uint32(lu.blockSize))
 		return b, noSense
 	case opServiceIn16:
@@ -75,7 +77,7 @@ func (c *conn) execute(r *request, param []byte) ([]byte, Sense) {
 		}
 		b := c.scratch[:32]
 		clear(b)
-		binary.BigEndian.PutUint64(b, lu.size>>lu.shift-1)
+		binary.BigEndian.PutUint64(b, lu.size.Load()>>lu.shift-1)
 		binary.BigEndian.PutUint32(b[8:], uint32(lu.blockSize))
 		b[13] = lu.physicalExponent()
 		b[14] = 0xc0 // LBPME, LBPRZ
@@ -90,10 +92,14 @@ func (c *conn) execute(r *request, param []byte) ([]byte, Sense) {
 		if cdb[0] == opSyncCache16 {
 			lba, n = binary.BigEndian.Uint64(cdb[2:]), uint64(be32(cdb[10:]))
 		}
-		if total := lu.size >> lu.shift; lba > total || n > total-lba {
+		if total := lu.size.Load() >> lu.shift; lba > total || n > total-lba {
 			return nil, errRange
 		}
 		return nil, noSense
+	case opMaintenanceIn:
+		return c.reportGroups(lu, cdb)
+	case opMaintenanceOut:
+		return nil, c.setGroups(lu, cdb, param)
 	case opUnmap:
 		return nil, unmap(lu, param, r.n)
 	case opWriteSame16:
@@ -145,6 +151,12 @@ func (c *conn) inquiry(lu *LU, cdb *[16]byte) ([]byte, Sense) {
 			b[0] = noDevice
 		} else {
 			id = lu.identity.Load()
+			if a := lu.access.Load(); a != nil {
+				b[5] = 0x10 // TPGS implicit
+				if a.explicit {
+					b[5] = 0x30
+				}
+			}
 		}
 		pad(b[8:16], id.Vendor)
 		pad(b[16:32], id.Product)
@@ -259,7 +271,7 @@ func (c *conn) modeSense(r *request, ten bool) []byte {
 // memory from this block on exists, up to where that changes.
 func (c *conn) lbaStatus(lu *LU, cdb *[16]byte) ([]byte, Sense) {
 	lba := binary.BigEndian.Uint64(cdb[2:])
-	if lba >= lu.size>>lu.shift {
+	if lba >= lu.size.Load()>>lu.shift {
 		return nil, errRange
 	}
 	i := lba << lu.shift >> chunkShift
@@ -270,7 +282,7 @@ func (c *conn) lbaStatus(lu *LU, cdb *[16]byte) ([]byte, Sense) {
 	clear(b)
 	b[3] = 20
 	binary.BigEndian.PutUint64(b[8:], lba)
-	end := min(i<<chunkShift, lu.size) >> lu.shift
+	end := min(i<<chunkShift, lu.size.Load()) >> lu.shift
 	binary.BigEndian.PutUint32(b[16:], uint32(min(end-lba, 1<<31)))
 	if none {
 		b[20] = 1 // deallocated
@@ -298,7 +310,7 @@ func unmap(lu *LU, p []byte, want uint64) Sense {
 	}
 	for d := p[8:][:n]; len(d) >= 16; d = d[16:] {
 		lba, blocks := binary.BigEndian.Uint64(d), uint64(binary.BigEndian.Uint32(d[8:]))
-		if total := lu.size >> lu.shift; lba > total || blocks > total-lba {
+		if total := lu.size.Load() >> lu.shift; lba > total || blocks > total-lba {
 			return errRange
 		}
 		if blocks<<lu.shift > maxUnmapBytes {
@@ -312,7 +324,7 @@ func unmap(lu *LU, p []byte, want uint64) Sense {
 // writeSame is WRITE SAME(16), with and without UNMAP and NDOB (SBC-3 5.44).
 func writeSame(lu *LU, cdb *[16]byte, p []byte) Sense {
 	lba, blocks := binary.BigEndian.Uint64(cdb[2:]), uint64(binary.BigEndian.Uint32(cdb[10:]))
-	total := lu.size >> lu.shift
+	total := lu.size.Load() >> lu.shift
 	switch {
 	case lba > total || blocks > total-lba:
 		return errRange

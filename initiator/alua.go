@@ -1,0 +1,48 @@
+package initiator
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/mpathd/mpathd/scsi"
+)
+
+const portGroupsAlloc = 4096 // bytes; more than 100 groups of 4 ports
+
+// TargetPortGroups asks for the asymmetric access states (SPC-4 6.37), with the
+// plain header if the unit refuses the extended one.
+func TargetPortGroups(ctx context.Context, d Doer, lun [8]byte) ([]scsi.PortGroup, error) {
+	b, err := run(ctx, d, "REPORT TARGET PORT GROUPS", lun, scsi.ReportTargetPortGroups(portGroupsAlloc, true), portGroupsAlloc)
+	if refusedByLU(err) {
+		b, err = run(ctx, d, "REPORT TARGET PORT GROUPS", lun, scsi.ReportTargetPortGroups(portGroupsAlloc, false), portGroupsAlloc)
+	}
+	if err != nil {
+		return nil, err
+	}
+	groups, _, err := scsi.ParsePortGroups(b)
+	return groups, err
+}
+
+// ActivatePortGroup asks the target to make a port group active/optimized (SPC-4
+// 6.45). It returns when the target says that it did, or refuses.
+func ActivatePortGroup(ctx context.Context, d Doer, lun [8]byte, group uint16) error {
+	cdb, list := scsi.SetTargetPortGroups(group, scsi.ActiveOptimized)
+	for try := 0; ; try++ {
+		c := &Command{LUN: lun, CDB: cdb, Dir: DataOut, Data: list, ShortOK: true}
+		if err := d.Do(ctx, c); err != nil {
+			return fmt.Errorf("SET TARGET PORT GROUPS: %w", err)
+		}
+		if c.Result.Status == scsi.StatusGood {
+			return nil
+		}
+		e := &StatusError{"SET TARGET PORT GROUPS", c.Result.Status, scsi.ParseSense(c.Result.SenseData())}
+		if e.Sense.Key != scsi.KeyUnitAttention || try == attentions {
+			return e
+		}
+	}
+}
+
+// InquiryData is the standard INQUIRY data as the unit gives it, up to 255 bytes.
+func InquiryData(ctx context.Context, d Doer, lun [8]byte) ([]byte, error) {
+	return run(ctx, d, "INQUIRY", lun, scsi.Inquiry(false, 0, 255), 255)
+}
