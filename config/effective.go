@@ -29,6 +29,9 @@ func builtin() (out []Section) {
 	return out
 }
 
+// prios are the prioritizers that selector/prio has.
+var prios = []string{"const", "alua", "sysfs", "weightedpath", "path_latency", "random", "iet", "ontap", "netapp", "datacore"}
+
 // LU is what a configuration may look at.
 type LU struct {
 	WWID                      string
@@ -42,10 +45,14 @@ type Settings struct {
 	Named              bool   // a multipath section names the WWID
 	UserFriendlyNames  bool
 	AliasPrefix        string
-	Policy             string // failover or multibus
+	Policy             string
+	Prio, PrioArgs     string // empty: as detected
+	MinIO              int
+	WeightByPrio       bool
 	Selector           string
 	Checker            string
-	Manual             bool
+	Failback           string // immediate, manual or followover
+	FailbackAfter      time.Duration
 	NoPathRetry        int // -1 queue, 0 fail, N checks
 	PollingInterval    time.Duration
 	MaxPollingInterval time.Duration
@@ -57,6 +64,7 @@ type Settings struct {
 	Replicated         bool
 	MultibusServers    bool
 	NBDDevice          string
+	AutoResize         string
 	Approximations     []string // settings that are honoured only nearly
 }
 
@@ -93,15 +101,20 @@ func (c *Config) For(lu LU) Settings {
 			v[o.name] = o.std
 		}
 	}
+	explicit := map[string]bool{} // said by the file, not by the hardware table
 	take := func(s Section) {
 		for k, x := range canonical(s) {
 			v[k] = x
+			explicit[k] = true
 		}
 	}
 	take(c.Defaults)
 	for _, d := range builtin() {
 		if matches(d, lu) {
-			take(d)
+			for k, x := range canonical(d) {
+				v[k] = x
+				explicit[k] = false
+			}
 		}
 	}
 	for _, d := range c.Devices {
@@ -126,18 +139,14 @@ func (c *Config) For(lu LU) Settings {
 		s.Approximations = append(s.Approximations, fmt.Sprintf("%s %s is not built yet: %s instead", k, v[k], as))
 	}
 	s.UserFriendlyNames, s.AliasPrefix = yes("user_friendly_names"), v["alias_prefix"]
-	switch p := v["path_grouping_policy"]; {
-	case strings.HasPrefix(p, "failover"):
-		s.Policy = "failover"
-	case strings.HasPrefix(p, "multibus"):
-		s.Policy = "multibus"
-	default:
-		s.Policy = "failover"
-		nearly("path_grouping_policy", "failover")
+	for _, p := range policies { // as multipath-tools compares
+		if strings.HasPrefix(v["path_grouping_policy"], p) {
+			s.Policy = p
+		}
 	}
 	s.Selector = v["path_selector"]
 	switch name, _, _ := strings.Cut(s.Selector, " "); name {
-	case "round-robin", "queue-length", "service-time", "failover":
+	case "round-robin", "queue-length", "service-time", "historical-service-time", "failover":
 	default:
 		s.Selector = "service-time 0"
 		nearly("path_selector", s.Selector)
@@ -148,15 +157,24 @@ func (c *Config) For(lu LU) Settings {
 		nearly("path_checker", "tur")
 	}
 	switch f := v["failback"]; f {
-	case "immediate":
-	case "manual":
-		s.Manual = true
-	case "followover":
-		s.Manual = true
-		nearly("failback", "manual")
+	case "immediate", "manual", "followover":
+		s.Failback = f
 	default:
-		nearly("failback", "immediate")
+		s.Failback, s.FailbackAfter = "immediate", seconds("failback")
+		if s.FailbackAfter == 0 { // as multipath-tools reads it
+			s.Failback = "immediate"
+		}
 	}
+	s.Prio, s.PrioArgs = v["prio"], v["prio_args"]
+	if s.Prio != "" && !slices.Contains(prios, s.Prio) {
+		nearly("prio", "what the unit supports")
+		s.Prio = ""
+	}
+	if s.Prio != "" && !explicit["prio"] && s.Prio != "weightedpath" && v["detect_prio"] != "no" && v["detect_prio"] != "0" {
+		s.Prio = "" // the hardware table's word yields to what the unit says of itself
+	}
+	s.MinIO, _ = strconv.Atoi(v["rr_min_io_rq"])
+	s.WeightByPrio = v["rr_weight"] == "priorities"
 	switch r := v["no_path_retry"]; r {
 	case "queue":
 		s.NoPathRetry = -1
@@ -179,6 +197,7 @@ func (c *Config) For(lu LU) Settings {
 		s.PollingInterval = s.MaxPollingInterval
 	}
 	s.Protection, s.FenceCommand, s.NBDDevice = v["ghost_protection"], v["fence_command"], v["nbd_device"]
+	s.AutoResize = v["auto_resize"]
 	s.FenceWait, _ = time.ParseDuration(v["fence_wait"])
 	s.Quarantine, _ = time.ParseDuration(v["quarantine"])
 	s.Replicated, s.MultibusServers = yes("replicated"), yes("multibus_servers")

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 
@@ -47,7 +49,7 @@ func (d *Daemon) Snapshot() Maps {
 	}
 	devices := map[*mapEntry]string{}
 	for _, m := range maps {
-		devices[m] = m.device
+		devices[m] = m.kernel.Path
 	}
 	d.mu.Unlock()
 	sort.Slice(out.Pending, func(i, j int) bool { return out.Pending[i].URL < out.Pending[j].URL })
@@ -105,18 +107,48 @@ func (d *Daemon) handler() http.Handler {
 		}
 		return fmt.Errorf("no unfenced session of path %q: `mpathd show maps` lists them", name)
 	}))
-	mux.HandleFunc("POST /queue", act(func(r *http.Request) error {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		for _, m := range d.maps {
-			if m.alias == r.FormValue("map") {
-				go m.group.SetQueueing(r.FormValue("on") == "on")
-				return nil
-			}
+	mux.HandleFunc("POST /switch", act(func(r *http.Request) error {
+		n, err := strconv.Atoi(r.FormValue("group"))
+		if err != nil {
+			return fmt.Errorf("group %q: want its number in `mpathd show topology`, counted from 1, or 0 for the policy's choice", r.FormValue("group"))
 		}
-		return fmt.Errorf("no map %q", r.FormValue("map"))
+		m, err := d.find(r.FormValue("map"))
+		if err != nil {
+			return err
+		}
+		return m.group.Switch(n)
+	}))
+	mux.HandleFunc("POST /resize", act(func(r *http.Request) error {
+		m, err := d.find(r.FormValue("map"))
+		if err != nil {
+			return err
+		}
+		return m.group.Resize(r.FormValue("force") == "yes")
+	}))
+	mux.HandleFunc("POST /reconfigure", act(func(*http.Request) error { return d.Reconfigure() }))
+	mux.HandleFunc("GET /events", d.events.serve)
+	mux.HandleFunc("POST /queue", act(func(r *http.Request) error {
+		m, err := d.find(r.FormValue("map"))
+		if err != nil {
+			return err
+		}
+		m.group.SetQueueing(r.FormValue("on") == "on")
+		return nil
 	}))
 	return mux
+}
+
+// find is a map by alias, WWID or device.
+func (d *Daemon) find(name string) (*mapEntry, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, m := range d.maps {
+		info := m.group.Info()
+		if name != "" && (m.alias == name || info.WWID == name || m.kernel.Path == name || slices.Contains(info.Synonyms, name)) {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("no map %q: `mpathd show maps` lists them", name)
 }
 
 // onPath finds a path by name or URL in any map.

@@ -41,6 +41,17 @@ type Options struct {
 	State         string       // file that remembers unfenced paths across runs; empty: none
 	Logger        *slog.Logger
 	ShowConfig    func() any // what `show config` prints; nil: nothing
+	// Reload reads the configuration again, for `reconfigure` and SIGHUP; nil:
+	// there is none.
+	Reload  func() (Reloaded, error)
+	Metrics string // host:port of the Prometheus endpoint; empty: none
+}
+
+// Reloaded is what a new reading of the configuration asks for.
+type Reloaded struct {
+	Targets  []initiator.URL
+	Discover []Discovery
+	Resolve  Resolver
 }
 
 // Discovery is a portal to ask for its targets (SendTargets), and the CHAP
@@ -52,22 +63,32 @@ type Discovery struct{ Address, User, Secret string }
 type Resolver func(info *initiator.LUInfo) (cfg paths.Config, device string, err error)
 
 // Attacher makes a kernel device of an export, the named one if a name is
-// given; it returns its path and a way to detach it. One call at a time.
-type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (path string, detach func() error, err error)
+// given. One call at a time.
+type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (Kernel, error)
+
+// Kernel is an attached kernel device.
+type Kernel struct {
+	Path   string
+	Detach func() error
+	Resize func(bytes int64) error
+}
 
 // Daemon is a running stack.
 type Daemon struct {
-	o      Options
-	log    *slog.Logger
-	server *nbd.Server
-	ctx    context.Context
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	begun  time.Time
-	risk   *riskFile
-	http   *http.Server
+	o       Options
+	log     *slog.Logger
+	server  *nbd.Server
+	ctx     context.Context
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	begun   time.Time
+	risk    *riskFile
+	events  *eventLog
+	http    *http.Server
+	metrics *http.Server
 
 	attaching sync.Mutex
+	changing  sync.Mutex // one Reconfigure at a time
 	mu        sync.Mutex
 	urls      []initiator.URL // all that were asked for or found
 	maps      []*mapEntry
@@ -78,8 +99,7 @@ type mapEntry struct {
 	group  *paths.Group
 	alias  string
 	pinned string // the device it must get, or empty
-	device string
-	detach func() error
+	kernel Kernel
 }
 
 // Start brings everything up that answers and keeps trying the rest. An error
@@ -88,6 +108,8 @@ func Start(o Options) (*Daemon, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	events := &eventLog{}
+	o.Logger = slog.New(events.tee(o.Logger.Handler()))
 	urls := slices.Clone(o.Targets)
 	for _, s := range o.URLs {
 		u, err := initiator.ParseURL(s)
@@ -109,9 +131,16 @@ func Start(o Options) (*Daemon, error) {
 		nbdLn.Close()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	d := &Daemon{o: o, log: o.Logger, begun: time.Now(), risk: risk, pending: map[string]string{},
+	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, pending: map[string]string{},
 		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
+	if o.Metrics != "" {
+		if err := d.serveMetrics(o.Metrics); err != nil {
+			nbdLn.Close()
+			ctlLn.Close()
+			return nil, fmt.Errorf("metrics: %w", err)
+		}
+	}
 	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
 	d.wg.Add(2)
 	go func() { defer d.wg.Done(); d.server.Serve(nbdLn) }()
@@ -153,11 +182,7 @@ func (d *Daemon) discover(p Discovery) {
 			delete(d.pending, name)
 			d.mu.Unlock()
 			d.log.Info("discovered", "portal", p.Address, "targets", len(ts))
-			for _, t := range ts {
-				for _, at := range t.Portals {
-					d.addURL(initiator.URL{Address: at.Address, Target: t.Name, User: p.User, Secret: p.Secret})
-				}
-			}
+			d.add(p, ts)
 			return
 		}
 		if err.Error() != logged {
@@ -321,14 +346,17 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 		cfg.Alias = info.WWID
 	}
 	d.remember(&cfg, info.WWID, lun)
+	cfg.OnResize = func(size int64) error { return d.resized(m, size) }
+	m = &mapEntry{alias: cfg.Alias, pinned: pinned}
 	g, err := paths.NewGroup(cfg, info)
 	if err != nil {
 		return err
 	}
+	m.group = g
 	if _, err := g.AddPath(pc, info); err != nil {
+		g.Close(d.ctx)
 		return err
 	}
-	m = &mapEntry{group: g, alias: cfg.Alias, pinned: pinned}
 	var aliases []string
 	for _, n := range append([]string{info.WWID}, info.Synonyms...) {
 		if n != cfg.Alias && n != "" {
@@ -401,16 +429,16 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 
 func (d *Daemon) attach(m *mapEntry) {
 	d.attaching.Lock()
-	dev, detach, err := d.o.Attach(d, m.alias, m.group.Info().WWID, m.pinned, m.group.Geometry())
+	k, err := d.o.Attach(d, m.alias, m.group.Info().WWID, m.pinned, m.group.Geometry())
 	d.attaching.Unlock()
 	if err != nil {
 		d.log.Warn("no kernel device", "map", m.alias, "cause", err)
 		return
 	}
 	d.mu.Lock()
-	m.device, m.detach = dev, detach
+	m.kernel = k
 	d.mu.Unlock()
-	d.log.Info("attached", "map", m.alias, "device", dev)
+	d.log.Info("attached", "map", m.alias, "device", k.Path)
 }
 
 // Server is the NBD server, for attaching.
@@ -423,9 +451,9 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
 	for _, m := range maps {
-		if m.detach != nil {
-			if err := m.detach(); err != nil {
-				d.log.Warn("detach failed", "device", m.device, "cause", err)
+		if m.kernel.Detach != nil {
+			if err := m.kernel.Detach(); err != nil {
+				d.log.Warn("detach failed", "device", m.kernel.Path, "cause", err)
 			}
 		}
 	}
@@ -439,7 +467,11 @@ func (d *Daemon) Stop(ctx context.Context) error {
 		go func() { defer wg.Done(); m.group.Close(ctx) }()
 	}
 	wg.Wait()
+	d.events.close()
 	d.http.Close()
+	if d.metrics != nil {
+		d.metrics.Close()
+	}
 	d.wg.Wait()
 	if err != nil {
 		err = fmt.Errorf("stop: requests were still waiting and were failed: %w", err)

@@ -135,7 +135,7 @@ func (cn *conn) next() error {
 	if rq.Type == proto.CmdDisc {
 		return errDisc
 	}
-	e := proto.Validate(rq, cn.x.limits)
+	e := proto.Validate(rq, *cn.x.limits.Load())
 	if e != proto.OK && rq.Type == proto.CmdWrite {
 		if rq.Length > 2*proto.MaxPayload {
 			return errors.New("write far beyond the maximum payload")
@@ -169,7 +169,7 @@ func (cn *conn) next() error {
 		sl.req.Op = block.WriteZeroes
 	case proto.CmdTrim: // a hint: rounded inward to whole blocks
 		sl.req.Op = block.Trim
-		mask := int64(cn.x.limits.Block - 1)
+		mask := int64(cn.x.limits.Load().Block - 1)
 		start, end := (sl.req.Off+mask)&^mask, (sl.req.Off+sl.req.Len)&^mask
 		if end <= start {
 			cn.answer(uint16(idx), proto.OK, &cn.plug)

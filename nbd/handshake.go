@@ -105,8 +105,8 @@ func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32) (x *e
 			return nil, true, fmt.Errorf("unknown export %.80q", data)
 		}
 		b := make([]byte, 10+124)
-		be.PutUint64(b, uint64(x.limits.Size))
-		be.PutUint16(b[8:], x.limits.Flags)
+		be.PutUint64(b, uint64(x.limits.Load().Size))
+		be.PutUint16(b[8:], x.limits.Load().Flags)
 		if flags&uint32(proto.FlagNoZeroes) != 0 {
 			b = b[:10]
 		}
@@ -168,7 +168,7 @@ func (s *Server) info(c net.Conn, opt uint32, data []byte) (*export, error) {
 		}
 		return reply(c, opt, proto.RepInfo, b)
 	}
-	if err := send(proto.InfoExport, uint64(x.limits.Size), x.limits.Flags); err != nil {
+	if err := send(proto.InfoExport, uint64(x.limits.Load().Size), x.limits.Load().Flags); err != nil {
 		return nil, err
 	}
 	preferred := max(4096, g.PhysicalBlock, g.BlockSize)

@@ -35,7 +35,7 @@ type Export struct {
 
 type export struct {
 	Export
-	limits      proto.Limits
+	limits      atomic.Pointer[proto.Limits]
 	connections atomic.Int64
 }
 
@@ -85,10 +85,23 @@ func Flags(g block.Geometry) uint16 {
 	return f
 }
 
+func limitsOf(g block.Geometry) *proto.Limits {
+	return &proto.Limits{Size: g.Size, Block: g.BlockSize, Flags: Flags(g), MaxBytes: proto.MaxPayload}
+}
+
+// Resized looks at the geometry of an export's device again: requests and new
+// connections see the new size. NBD has no way to tell connected clients.
+func (s *Server) Resized(name string) {
+	if x := s.find(name); x != nil {
+		x.limits.Store(limitsOf(x.Device.Geometry()))
+	}
+}
+
 // AddExport offers a device. Names are unique over names and aliases.
 func (s *Server) AddExport(e Export) error {
 	g := e.Device.Geometry()
-	x := &export{Export: e, limits: proto.Limits{Size: g.Size, Block: g.BlockSize, Flags: Flags(g), MaxBytes: proto.MaxPayload}}
+	x := &export{Export: e}
+	x.limits.Store(limitsOf(g))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	names := append([]string{e.Name}, e.Aliases...)

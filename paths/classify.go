@@ -26,6 +26,7 @@ type Action struct {
 	Pause   bool
 	Bounded bool
 	Verify  bool // the unit may have become another one: prove it before the next I/O
+	Rank    bool // the priority of the path may have changed
 }
 
 // classify is the one table that decides what a result means, after the
@@ -94,7 +95,7 @@ func classifySense(s scsi.Sense) Action {
 	case scsi.KeyUnitAttention:
 		// Power on and resets, changed parameters and capacity, changed
 		// inquiry data and LUN inventory (SPC-4 annex D).
-		return Action{Verb: RetryHere, Verify: s.ASC == 0x29 || s.ASC == 0x2a && s.ASCQ == 0x09 || s.ASC == 0x3f && (s.ASCQ == 0x03 || s.ASCQ == 0x0e)}
+		return Action{Verb: RetryHere, Rank: s.ASC == 0x2a && (s.ASCQ == 0x06 || s.ASCQ == 0x07), Verify: s.ASC == 0x29 || s.ASC == 0x2a && s.ASCQ == 0x09 || s.ASC == 0x3f && (s.ASCQ == 0x03 || s.ASCQ == 0x0e)}
 	case scsi.KeyDataProtect:
 		if s.ASC == 0x27 && s.ASCQ == 0x07 {
 			return Action{Verb: FailUp, Err: block.ErrNoSpace}

@@ -38,7 +38,7 @@ func (a *attempt) Done(c *initiator.Command, p *block.Plug) {
 	if a.span.Load() != 0 {
 		a.span.Store(0)
 	}
-	if c.Result.Err == initiator.ErrSessionLost && g.cfg.Protection != Off && mutation(r) {
+	if c.Result.Err == initiator.ErrSessionLost && g.cfg().Protection != Off && mutation(r) {
 		pt.errors.Add(1)
 		pt.lose(a, r, c.Result.Delivery)
 		a.req, c.Data = nil, nil
@@ -49,11 +49,25 @@ func (a *attempt) Done(c *initiator.Command, p *block.Plug) {
 	if act.Verify {
 		pt.doubt()
 	}
+	if act.Rank {
+		pt.askRank()
+	}
 	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
 	switch {
 	case act.Verb == Done:
 		pt.ios.Add(1)
-		pt.latency.add(now() - a.start)
+		switch {
+		case flush:
+		case r.Op == block.Read:
+			pt.read.Add(a.size)
+		case r.Op == block.Write:
+			pt.written.Add(a.size)
+		}
+		end := now()
+		pt.latency.add(end - a.start)
+		if o := g.table.Load().observer; o != nil {
+			o.Observe(&pt.load, end-a.start, end)
+		}
 		if !flush && a.dirties && !pt.dirty.Load() {
 			pt.dirty.Store(true)
 		}
@@ -108,7 +122,7 @@ func (g *Group) advance(r *block.Request, size int64, flush bool, p *block.Plug)
 			return
 		}
 		fua := r.Flags&block.FUA != 0 && r.Op != block.Read
-		if fua && g.info.WriteCache && (r.Op != block.Write || !g.info.DPOFUA) {
+		if fua && g.lu().WriteCache && (r.Op != block.Write || !g.lu().DPOFUA) {
 			r.Route.State = stateSynced
 			g.proceed(r, nil, p)
 			return
@@ -122,6 +136,12 @@ func (g *Group) advance(r *block.Request, size int64, flush bool, p *block.Plug)
 func (g *Group) finish(r *block.Request, err error, p *block.Plug) {
 	if g.ledger.open.Load() > 0 {
 		g.ledger.forget(r)
+	}
+	if r.Route.Tries > 0 {
+		g.retried.add(now() - r.Route.Start)
+	}
+	if err != nil {
+		g.failedUp.Add(1)
 	}
 	r.Err = err
 	r.Owner.Complete(r, p)

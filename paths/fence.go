@@ -119,13 +119,13 @@ func (g *Group) routineFence(e *epoch) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var quarantine, command <-chan time.Time
-	if q := g.cfg.Quarantine; q > 0 {
+	if q := g.cfg().Quarantine; q > 0 {
 		quarantine = time.After(q)
 	}
-	if g.cfg.FenceCommand != nil {
+	if g.cfg().FenceCommand != nil {
 		command = time.After(commandAfter)
 	}
-	late := time.After(g.cfg.FenceWait)
+	late := time.After(g.cfg().FenceWait)
 	for {
 		select {
 		case <-e.fenced:
@@ -137,7 +137,7 @@ func (g *Group) routineFence(e *epoch) {
 			g.closeEpoch(e, fenceTimed)
 		case <-command:
 			wg.Go(func() {
-				if err := g.cfg.FenceCommand(ctx, e.name); err == nil {
+				if err := g.cfg().FenceCommand(ctx, e.name); err == nil {
 					g.closeEpoch(e, fenceCommand)
 				} else if ctx.Err() == nil {
 					g.log.Error("fence command failed", "path", e.name, "cause", err)
@@ -145,7 +145,7 @@ func (g *Group) routineFence(e *epoch) {
 			})
 		case <-late:
 			g.log.Error("old session still not fenced: writes that overlap what it may still write are held", "path", e.name,
-				"for", g.cfg.FenceWait, "writes_at_risk", len(e.extents), "held", g.ledger.heldNow(), "do", "bring the path back, or set a quarantine or a fence command")
+				"for", g.cfg().FenceWait, "writes_at_risk", len(e.extents), "held", g.ledger.heldNow(), "do", "bring the path back, or set a quarantine or a fence command")
 		}
 	}
 }
@@ -255,7 +255,7 @@ func (g *Group) fenceVia(ctx context.Context, e *epoch, lun [8]byte, ways []fenc
 // of the dead one: unit attentions are taken, then LOGICAL UNIT RESET waits
 // for what the backend still does (tgt answers a login before that).
 func (g *Group) drainUnit(ctx context.Context, s Session, e *epoch, lun [8]byte, trust Trust) error {
-	ctx, cancel := context.WithTimeout(ctx, g.cfg.FenceWait)
+	ctx, cancel := context.WithTimeout(ctx, g.cfg().FenceWait)
 	defer cancel()
 	if err := initiator.TestUnitReady(ctx, s, lun); err != nil {
 		var refused *initiator.StatusError

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/mpathd/mpathd/checker"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/selector"
+	"github.com/mpathd/mpathd/selector/prio"
 )
 
 // Session is a way to the target; *initiator.Session is one.
@@ -40,11 +42,15 @@ const (
 // Config is the policy of a map.
 type Config struct {
 	Alias, WWID        string
-	Policy             string // failover or multibus
+	Policy             string // failover (default), multibus or group_by_*
 	Selector           string
 	Checker            string
-	Manual             bool // failback manual instead of immediate
-	NoPathRetry        int  // Queue, Fail or a number of polling intervals
+	Prio, PrioArgs     string        // of selector/prio; empty: alua if the unit knows it, else const
+	Failback           string        // Immediate (default), Manual, Followover
+	FailbackAfter      time.Duration // not 0: immediate, but after this wait
+	MinIO              int           // I/Os in a row that round-robin gives a path; 0 counts as 1
+	WeightByPrio       bool          // rr_weight priorities: MinIO times the path's priority
+	NoPathRetry        int           // Queue, Fail or a number of polling intervals
 	PollingInterval    time.Duration
 	MaxPollingInterval time.Duration
 	CheckTimeout       time.Duration
@@ -61,8 +67,11 @@ type Config struct {
 	// with the portals through which its session could be fenced, and that
 	// nothing of it can execute any more. What is at risk when the process
 	// dies is Unfenced of the next run.
-	OnRisk   func(path string, risk bool, portals []string)
-	Unfenced []Unfenced
+	OnRisk     func(path string, risk bool, portals []string)
+	Unfenced   []Unfenced
+	AutoResize string // GrowOnly (default), Never or GrowAndCut
+	// OnResize is told the new size in bytes.
+	OnResize func(size int64) error
 	// Replicated says that the servers of this disk replicate every write
 	// before they acknowledge it: a flush of one of them is enough.
 	Replicated bool
@@ -81,62 +90,96 @@ type Unfenced struct {
 
 // Group is one logical unit through its paths. See the package comment.
 type Group struct {
-	cfg      Config
-	info     *initiator.LUInfo
-	geometry block.Geometry
-	checker  checker.Checker
-	selector selector.Selector
-	log      *slog.Logger
-	zeroes   []byte // source of written zeroes, never modified
-	maxIO    int64  // bytes per command
+	policy atomic.Pointer[policy]
+	info   atomic.Pointer[initiator.LUInfo] // the unit; a resize replaces it
+	log    *slog.Logger
+	zeroes []byte // source of written zeroes, never modified
+	maxIO  int64  // bytes per command
 
 	noUnmap, noSame atomic.Bool // the unit turned out not to know these
 	table           atomic.Pointer[table]
 	everyPath       atomic.Pointer[[]*Path]
 	through         atomic.Bool // writes are sent with FUA: no server keeps any that another cannot flush
 	ledger          ledger
+	retried         histogram    // requests that needed a second path, from submission to completion
+	failedUp        atomic.Int64 // requests that failed
+	resizing        sync.Mutex
 	waiting         atomic.Int64 // requests in the queue
 	stop            chan struct{}
 	testing         chan struct{} // held by the path whose session is under self-test
 	routines        sync.WaitGroup
 
-	mu          sync.Mutex
-	paths       []*Path
-	head        *block.Request
-	tail        *block.Request
-	draining    bool
-	again       bool
-	closed      bool
-	active      *Path // first path of the group that serves, for manual failback
-	giveUp      *time.Timer
-	parked      *block.Request // flushes that wait for a path, linked by Route.Next
-	giveUpFlush *time.Timer
-	failing     bool // no_path_retry is used up
-	forced      int  // operator's queue on (1) or off (-1)
+	mu            sync.Mutex
+	paths         []*Path
+	head          *block.Request
+	tail          *block.Request
+	draining      bool
+	again         bool
+	closed        bool
+	active        *Path // a path of the group that serves
+	switched      *Path // a path of the group that the operator switched to
+	begun         time.Time
+	activating    bool        // an explicit transition is under way: I/O waits
+	failback      *time.Timer // end of the wait for FailbackAfter
+	failbackDue   bool
+	groupSwitches int64
+	giveUp        *time.Timer
+	parked        *block.Request // flushes that wait for a path, linked by Route.Next
+	giveUpFlush   *time.Timer
+	failing       bool // no_path_retry is used up
+	forced        int  // operator's queue on (1) or off (-1)
 }
 
 // table is what Submit looks at: immutable, published whole.
 type table struct {
-	paths []*Path // of the active group, that serve
-	loads []*selector.Load
-	all   []*Path // of every group, that serve
+	selector selector.Selector
+	observer selector.Observer // the selector, if it learns
+	paths    []*Path           // of the active group, that serve
+	loads    []*selector.Load
+	all      []*Path // of every group, that serve
 }
+
+// policy is the configuration in force with what it was made into, immutable:
+// Reconfigure replaces it.
+type policy struct {
+	Config
+	checker  checker.Checker
+	prio     prio.Prio
+	selector selector.Selector
+}
+
+func (g *Group) cfg() *policy { return g.policy.Load() }
 
 const maxCommand = 4 << 20 // bytes; larger requests go in steps
 
-// NewGroup makes a map of the logical unit that first describes. It has no path yet.
-func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
+// newPolicy checks a configuration for a unit and fills in defaults.
+func newPolicy(c Config, first *initiator.LUInfo) (*policy, error) {
 	if c.Policy == "" {
 		c.Policy = "failover"
 	}
-	if c.Policy != "failover" && c.Policy != "multibus" {
-		return nil, fmt.Errorf("map %s: path_grouping_policy %q: want failover or multibus", c.Alias, c.Policy)
+	if !slices.Contains(policies, c.Policy) {
+		return nil, fmt.Errorf("map %s: path_grouping_policy %q: want %s", c.Alias, c.Policy, strings.Join(policies, ", "))
+	}
+	switch c.Failback {
+	case "":
+		c.Failback = Immediate
+	case Immediate, Manual, Followover:
+	default:
+		return nil, fmt.Errorf("map %s: failback %q: want immediate, manual, followover or seconds", c.Alias, c.Failback)
 	}
 	sel, err := selector.New(c.Selector, now)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
 	}
 	chk, err := checker.New(c.Checker)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+	}
+	name := c.Prio
+	if name == "" && first.TPGS != 0 {
+		name = "alua"
+	}
+	pr, err := prio.New(name, c.PrioArgs)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
 	}
@@ -165,7 +208,22 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
-	g := &Group{cfg: c, info: first, selector: sel, checker: chk, log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), testing: make(chan struct{}, 1)}
+	return &policy{c, chk, pr, sel}, nil
+}
+
+// NewGroup makes a map of the logical unit that first describes. It has no path yet.
+func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
+	if first.Blocks == 0 {
+		return nil, fmt.Errorf("map %s: the unit is in standby through this port and does not tell its size", c.Alias)
+	}
+	pol, err := newPolicy(c, first)
+	if err != nil {
+		return nil, err
+	}
+	c = pol.Config
+	g := &Group{begun: time.Now(), log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), testing: make(chan struct{}, 1)}
+	g.policy.Store(pol)
+	g.info.Store(first)
 	bs := int64(first.BlockSize)
 	g.maxIO = maxCommand
 	if first.MaxTransfer > 0 {
@@ -175,10 +233,6 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 		g.maxIO = min(g.maxIO, 65535*bs)
 	}
 	g.zeroes = make([]byte, min(g.maxIO, 256<<10)&^(bs-1))
-	g.geometry = block.Geometry{
-		Size: first.Size(), BlockSize: first.BlockSize, PhysicalBlock: first.PhysicalBlock, OptimalIO: int(first.OptTransfer) * first.BlockSize,
-		ReadOnly: first.ReadOnly, Rotational: first.Rotational, Trim: first.Unmap, WriteCache: first.WriteCache,
-	}
 	g.table.Store(&table{})
 	g.everyPath.Store(&[]*Path{})
 	for _, u := range c.Unfenced {
@@ -196,13 +250,21 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 }
 
 // Geometry is the logical unit's.
-func (g *Group) Geometry() block.Geometry { return g.geometry }
+func (g *Group) Geometry() block.Geometry {
+	l := g.lu()
+	return block.Geometry{
+		Size: l.Size(), BlockSize: l.BlockSize, PhysicalBlock: l.PhysicalBlock, OptimalIO: int(l.OptTransfer) * l.BlockSize,
+		ReadOnly: l.ReadOnly, Rotational: l.Rotational, Trim: l.Unmap, WriteCache: l.WriteCache,
+	}
+}
+
+func (g *Group) lu() *initiator.LUInfo { return g.info.Load() }
 
 // Info describes the logical unit.
-func (g *Group) Info() *initiator.LUInfo { return g.info }
+func (g *Group) Info() *initiator.LUInfo { return g.lu() }
 
 // Config is the map's policy.
-func (g *Group) Config() Config { return g.cfg }
+func (g *Group) Config() Config { return g.cfg().Config }
 
 // SameLU tells why two logical units must not be one map, or nil. An ID that
 // only counts a target's own numbers says nothing across target names, unless
@@ -211,14 +273,22 @@ func SameLU(a, b *initiator.LUInfo, targetA, targetB string, merge bool) error {
 	switch {
 	case a.WWID == "" || a.WWID != b.WWID:
 		return fmt.Errorf("its ID is %q, the map's is %q", b.WWID, a.WWID)
+	case b.Standby && b.Blocks == 0: // tells no size: verified again before it serves
+		if a.NumberedDefault && targetA != targetB && !merge {
+			return errNumbered(a.WWID)
+		}
 	case a.BlockSize != b.BlockSize:
 		return fmt.Errorf("same ID %s, but its block size is %d and the map's is %d: two disks must not share an ID", a.WWID, b.BlockSize, a.BlockSize)
 	case a.Blocks != b.Blocks:
 		return fmt.Errorf("same ID %s, but it has %d blocks and the map has %d: two disks must not share an ID", a.WWID, b.Blocks, a.Blocks)
 	case a.NumberedDefault && targetA != targetB && !merge:
-		return fmt.Errorf("ID %s is only the target's numbered default, which unrelated servers share: give the units real IDs, or name the WWID in the config or with --merge", a.WWID)
+		return errNumbered(a.WWID)
 	}
 	return nil
+}
+
+func errNumbered(wwid string) error {
+	return fmt.Errorf("ID %s is only the target's numbered default, which unrelated servers share: give the units real IDs, or name the WWID in the config or with --merge", wwid)
 }
 
 // PathConfig names a path.
@@ -246,27 +316,30 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 		first = g.paths[0].Target
 	}
 	if info != nil {
-		if err := SameLU(g.info, info, first, pc.Target, g.cfg.Merge); err != nil {
-			return nil, fmt.Errorf("%w: map %s: %w", ErrRefused, g.cfg.Alias, err)
+		if err := SameLU(g.lu(), info, first, pc.Target, g.cfg().Merge); err != nil {
+			return nil, fmt.Errorf("%w: map %s: %w", ErrRefused, g.cfg().Alias, err)
 		}
 	}
 	if len(g.paths) == 32 {
-		return nil, fmt.Errorf("%w: map %s has 32 paths already", ErrRefused, g.cfg.Alias)
+		return nil, fmt.Errorf("%w: map %s has 32 paths already", ErrRefused, g.cfg().Alias)
 	}
 	for _, p := range g.paths {
 		if p.Name == pc.Name {
-			return nil, fmt.Errorf("%w: map %s has path %s already", ErrRefused, g.cfg.Alias, pc.Name)
+			return nil, fmt.Errorf("%w: map %s has path %s already", ErrRefused, g.cfg().Alias, pc.Name)
 		}
 	}
 	servers := slices.ContainsFunc(g.paths, func(p *Path) bool { return p.Target != pc.Target })
-	if servers && g.cfg.Policy == "multibus" && !g.cfg.MultibusServers {
-		return nil, fmt.Errorf("%w: map %s: multibus over different targets (%s and %s): neither can end the other's late writes; use failover, or allow it with --multibus-servers",
-			ErrRefused, g.cfg.Alias, first, pc.Target)
+	if servers && g.cfg().Policy == "multibus" && !g.cfg().MultibusServers {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, errServers(g.cfg().Alias, first, pc.Target))
 	}
-	if servers && g.info.WriteCache && g.info.DPOFUA && !g.cfg.Replicated && !g.through.Swap(true) {
+	if servers && g.lu().WriteCache && g.lu().DPOFUA && !g.cfg().Replicated && !g.through.Swap(true) {
 		g.log.Info("the servers have caches of their own: writes are sent with FUA", "unless", "--replicated")
 	}
-	p := newPath(g, pc, len(g.paths))
+	index := 0 // the lowest free one: flushes keep a bit for each
+	for slices.ContainsFunc(g.paths, func(p *Path) bool { return p.index == index }) {
+		index++
+	}
+	p := newPath(g, pc, index)
 	g.paths = append(g.paths, p)
 	slices.SortStableFunc(g.paths, func(a, b *Path) int { return a.Order - b.Order })
 	every := slices.Clone(g.paths)
@@ -279,10 +352,16 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 // publish builds and stores a new table from the states of the paths, and
 // minds no_path_retry. Caller holds mu.
 func (g *Group) publish() {
-	t := &table{}
-	for _, suspects := range []bool{false, true} {
+	c := g.cfg()
+	t := &table{selector: c.selector}
+	t.observer, _ = c.selector.(selector.Observer)
+	for _, fits := range []func(*Path) bool{
+		func(p *Path) bool { return !p.suspect && !p.delayed },
+		func(p *Path) bool { return !p.suspect },
+		func(*Path) bool { return true },
+	} {
 		for _, p := range g.paths {
-			if p.usable() && (suspects || !p.suspect) {
+			if p.usable() && fits(p) {
 				t.all = append(t.all, p)
 			}
 		}
@@ -290,22 +369,21 @@ func (g *Group) publish() {
 			break
 		}
 	}
-	switch {
-	case len(t.all) == 0:
-	case g.cfg.Policy == "multibus":
-		t.paths = t.all
-	default: // failover: a group per path, the first one is best
-		pick := t.all[0]
-		if g.cfg.Manual && slices.Contains(t.all, g.active) {
-			pick = g.active
+	before := g.table.Load().all
+	usable := func(p *Path) bool { return slices.Contains(t.all, p) }
+	came := func(p *Path) bool { return usable(p) && !slices.Contains(before, p) }
+	if to := g.choose(g.grouping(usable), usable, came); to != nil {
+		g.enter(to, usable)
+		if !g.activating {
+			t.paths = servers(to, usable)
 		}
-		if g.active != nil && g.active != pick && !g.closed {
-			g.log.Info("path group switched", "from", g.active.Name, "to", pick.Name)
-		}
-		g.active = pick
-		t.paths = []*Path{pick}
 	}
 	for _, p := range t.paths {
+		repeat := max(c.MinIO, 1)
+		if c.WeightByPrio {
+			repeat *= max(p.prio, 1)
+		}
+		p.load.Repeat.Store(int64(repeat))
 		t.loads = append(t.loads, &p.load)
 	}
 	old := g.table.Swap(t)
@@ -318,14 +396,14 @@ func (g *Group) publish() {
 		}
 	case len(old.all) > 0 && !g.closed:
 		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
-		if n := g.cfg.NoPathRetry; n > 0 && g.giveUp == nil {
-			g.giveUp = time.AfterFunc(time.Duration(n)*g.cfg.PollingInterval, g.stopQueueing)
+		if n := g.cfg().NoPathRetry; n > 0 && g.giveUp == nil {
+			g.giveUp = time.AfterFunc(time.Duration(n)*g.cfg().PollingInterval, g.stopQueueing)
 		}
 	}
 }
 
 func (g *Group) retryText() string {
-	switch n := g.cfg.NoPathRetry; n {
+	switch n := g.cfg().NoPathRetry; n {
 	case Queue:
 		return "queue"
 	case Fail:
@@ -340,20 +418,17 @@ func (g *Group) queueing() bool {
 	if g.forced != 0 {
 		return g.forced > 0
 	}
-	return g.cfg.NoPathRetry != Fail && !g.failing
+	return g.cfg().NoPathRetry != Fail && !g.failing
 }
 
 func (g *Group) stopQueueing() {
-	var p block.Plug
 	g.mu.Lock()
 	if len(g.table.Load().all) == 0 {
 		g.failing = true
 	}
 	hopeless := g.failing
 	g.mu.Unlock()
-	g.unpark(nil, &p)
-	g.drain(&p)
-	p.Flush()
+	g.restart()
 	if hopeless {
 		g.releaseHeld(block.ErrNoPath)
 	}
@@ -369,10 +444,7 @@ func (g *Group) SetQueueing(on bool) {
 	}
 	hopeless := !on && len(g.table.Load().all) == 0
 	g.mu.Unlock()
-	var p block.Plug
-	g.unpark(nil, &p)
-	g.drain(&p)
-	p.Flush()
+	g.restart()
 	if hopeless {
 		g.releaseHeld(block.ErrNoPath)
 	}
@@ -386,7 +458,84 @@ func (g *Group) path(name string) (*Path, error) {
 			return p, nil
 		}
 	}
-	return nil, fmt.Errorf("map %s has no path %q", g.cfg.Alias, name)
+	return nil, fmt.Errorf("map %s has no path %q", g.cfg().Alias, name)
+}
+
+// Reconfigure replaces the policy of the map while it runs. Names, logger, queue
+// depth and the callbacks stay as they are.
+func (g *Group) Reconfigure(c Config) error {
+	old := g.cfg().Config
+	c.Alias, c.WWID, c.Merge, c.QueueDepth, c.Logger = old.Alias, old.WWID, old.Merge, old.QueueDepth, old.Logger
+	c.OnRisk, c.OnResize, c.Unfenced = old.OnRisk, old.OnResize, nil
+	pol, err := newPolicy(c, g.lu())
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	if pol.Policy == "multibus" && !pol.MultibusServers {
+		for _, p := range g.paths {
+			if p.Target != g.paths[0].Target {
+				g.mu.Unlock()
+				return errServers(c.Alias, g.paths[0].Target, p.Target)
+			}
+		}
+	}
+	g.policy.Store(pol)
+	g.publish()
+	g.mu.Unlock()
+	g.restart()
+	g.rankOthers(nil)
+	return nil
+}
+
+func errServers(alias, a, b string) error {
+	return fmt.Errorf("map %s: multibus over different targets (%s and %s): neither can end the other's late writes; use failover, or allow it with --multibus-servers", alias, a, b)
+}
+
+// within is a context that ends after d, or when the group stops.
+func (g *Group) within(d time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	stop := context.AfterFunc(stopContext{g.stop}, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
+// RemovePaths ends the paths through a portal to a target. Their commands come
+// back first; one that may hold unflushed writes stays, with an error in the log.
+func (g *Group) RemovePaths(portal, target string) {
+	g.mu.Lock()
+	var gone []*Path
+	for _, p := range g.paths {
+		if p.Portal == portal && p.Target == target {
+			gone = append(gone, p)
+		}
+	}
+	g.mu.Unlock()
+	for _, p := range gone {
+		if p.passDirt(); p.dirty.Load() {
+			g.log.Error("path not removed: its server holds writes that were not flushed", "path", p.Name, "do", "flush (sync) and reconfigure again")
+			continue
+		}
+		g.mu.Lock()
+		if g.closed {
+			g.mu.Unlock()
+			return
+		}
+		g.paths = slices.DeleteFunc(g.paths, func(x *Path) bool { return x == p })
+		p.failedByHand = true
+		if g.active == p {
+			g.active = nil
+		}
+		close(p.quit)
+		g.publish()
+		g.mu.Unlock()
+		<-p.gone
+		g.mu.Lock()
+		every := slices.Clone(g.paths)
+		g.everyPath.Store(&every)
+		g.mu.Unlock()
+		g.restart()
+		g.log.Info("path removed", "path", p.Name)
+	}
 }
 
 // FailPath takes a path out of service until ReinstatePath.
@@ -428,7 +577,7 @@ func (g *Group) ReinstatePath(name string) error {
 func (g *Group) DeclareFenced(name string) error {
 	es := g.ledger.of(name)
 	if len(es) == 0 {
-		return fmt.Errorf("map %s: path %q has no unfenced session", g.cfg.Alias, name)
+		return fmt.Errorf("map %s: path %q has no unfenced session", g.cfg().Alias, name)
 	}
 	for _, e := range es {
 		g.closeEpoch(e, fenceDeclared)
@@ -449,6 +598,10 @@ func (g *Group) Close(ctx context.Context) {
 	}
 	if g.giveUpFlush != nil {
 		g.giveUpFlush.Stop()
+	}
+	g.stopFailback()
+	for _, p := range g.paths {
+		close(p.quit)
 	}
 	close(g.stop)
 	g.mu.Unlock()

@@ -163,7 +163,7 @@ func TestQueueingOffAnswersWhatWaits(t *testing.T) {
 func TestFailbackImmediateAndManual(t *testing.T) {
 	for _, manual := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			g, doors, _ := newGroup(t, Config{NoPathRetry: Queue, Manual: manual}, 2, 4)
+			g, doors, _ := newGroup(t, Config{NoPathRetry: Queue, Failback: map[bool]string{true: Manual}[manual]}, 2, 4)
 			defer closeGroup(g)
 			synctest.Wait()
 			doors[0].session().Abort(errDoor)

@@ -99,8 +99,8 @@ func mutation(r *block.Request) bool {
 // lose keeps a mutation that its dying session handed back until all are back;
 // settle goes on with them. Called by the session's last goroutine only.
 func (p *Path) lose(a *attempt, r *block.Request, d initiator.Delivery) {
-	lo := uint64((r.Off + r.Route.Pos) / int64(p.g.info.BlockSize))
-	p.lost = append(p.lost, lost{r, lo, lo + uint64(a.size)/uint64(p.g.info.BlockSize), d != initiator.NotSent})
+	lo := uint64((r.Off + r.Route.Pos) / int64(p.g.lu().BlockSize))
+	p.lost = append(p.lost, lost{r, lo, lo + uint64(a.size)/uint64(p.g.lu().BlockSize), d != initiator.NotSent})
 }
 
 // settle opens an epoch for the writes that a dead session may still execute,
@@ -116,8 +116,8 @@ func (p *Path) settle() {
 	}
 	if len(e.extents) > 0 {
 		p.g.openEpoch(e)
-	} else if p.g.cfg.OnRisk != nil && len(p.g.ledger.of(p.Name)) == 0 {
-		p.g.cfg.OnRisk(p.Name, false, nil)
+	} else if p.g.cfg().OnRisk != nil && len(p.g.ledger.of(p.Name)) == 0 {
+		p.g.cfg().OnRisk(p.Name, false, nil)
 	}
 	p.passDirt()
 	var plug block.Plug
@@ -172,7 +172,7 @@ func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) bool {
 			}
 			switch {
 			case lo >= x.hi:
-			case x.req == r && x.lo == lo && x.hi == hi && g.cfg.Protection != Strict:
+			case x.req == r && x.lo == lo && x.hi == hi && g.cfg().Protection != Strict:
 				own = true // the same bytes: executing both is executing one
 			default:
 				conflict = true
@@ -244,8 +244,8 @@ func (g *Group) closeEpoch(e *epoch, how string) bool {
 	}
 	log("old session fenced", "path", e.name, "how", how, "took", took.Round(time.Microsecond), "writes_at_risk", len(e.extents),
 		"blocks_at_risk", e.blocksAtRisk(), "requests_released", n, "longest_hold", longest.Round(time.Microsecond))
-	if g.cfg.OnRisk != nil && len(l.of(e.name)) == 0 {
-		g.cfg.OnRisk(e.name, false, nil)
+	if g.cfg().OnRisk != nil && len(l.of(e.name)) == 0 {
+		g.cfg().OnRisk(e.name, false, nil)
 	}
 	return true
 }

@@ -25,13 +25,17 @@ type Path struct {
 	index int
 	load  selector.Load
 	wake  chan struct{}
+	quit  chan struct{} // closed when the group closes or the path is removed
+	gone  chan struct{} // closed when routine ended
 
-	dirty    atomic.Bool // took writes since its last cache flush
-	sync10   atomic.Bool // knows only SYNCHRONIZE CACHE (10)
-	ios      atomic.Int64
-	errors   atomic.Int64
-	failures atomic.Int64
-	latency  histogram
+	dirty         atomic.Bool // took writes since its last cache flush
+	sync10        atomic.Bool // knows only SYNCHRONIZE CACHE (10)
+	ios           atomic.Int64
+	errors        atomic.Int64
+	read, written atomic.Int64 // bytes
+	failures      atomic.Int64
+	latency       histogram
+	blamed        atomic.Bool // an I/O failed the path, not its session
 
 	amu      sync.Mutex
 	free     *attempt
@@ -51,14 +55,24 @@ type Path struct {
 	via          map[*Path]bool // whose portal can end this path's session: tried, and the answer
 	stopVia      func()         // ends fencing through other portals and waits
 	recheck      chan struct{}  // see doubt
+	rerank       chan struct{}  // asks for the priority anew
+	prio         int            // unknownPrio until asked
+	access       int            // asymmetric access state, accessUnknown without
+	activated    bool           // an explicit transition was tried since this group was chosen
+	delayed      bool           // logged in, but kept for when nothing else is left
+	serial       string
+	blocks       uint64 // capacity as last seen through this path
+	portGroup    int
+	strikes      int       // I/Os that failed this path, see probation
+	struck       time.Time // the last of them
 }
 
 type sessionBox struct{ Session }
 
 func newPath(g *Group, pc PathConfig, index int) *Path {
-	p := &Path{PathConfig: pc, g: g, index: index, wake: make(chan struct{}, 1), recheck: make(chan struct{}, 1), checkState: checker.Pending}
+	p := &Path{PathConfig: pc, g: g, index: index, wake: make(chan struct{}, 1), quit: make(chan struct{}), gone: make(chan struct{}), recheck: make(chan struct{}, 1), rerank: make(chan struct{}, 1), prio: unknownPrio, access: accessUnknown, portGroup: -1, checkState: checker.Pending}
 	p.via = map[*Path]bool{}
-	p.attempts = make([]attempt, g.cfg.QueueDepth)
+	p.attempts = make([]attempt, g.cfg().QueueDepth)
 	for i := range p.attempts {
 		a := &p.attempts[i]
 		a.path = p
@@ -105,6 +119,7 @@ func (p *Path) failIO(r *initiator.Result) {
 		cause = errIOFailed
 	}
 	if box := p.current.Swap(nil); box != nil {
+		p.blamed.Store(true)
 		box.Abort(cause) // only closes; the session's end reports it
 	}
 }
@@ -128,7 +143,7 @@ func (p *Path) passDirt() {
 	p.g.mu.Lock()
 	defer p.g.mu.Unlock()
 	for _, q := range p.g.table.Load().all {
-		if tried, ok := p.via[q]; q != p && (p.Target == q.Target && (tried || !ok) || p.g.cfg.Replicated) {
+		if tried, ok := p.via[q]; q != p && (p.Target == q.Target && (tried || !ok) || p.g.cfg().Replicated) {
 			q.dirty.Store(true)
 			p.dirty.Store(false)
 			return
@@ -144,10 +159,7 @@ func (p *Path) set(f func()) {
 	f()
 	p.g.publish()
 	p.g.mu.Unlock()
-	var plug block.Plug
-	p.g.unpark(nil, &plug)
-	p.g.drain(&plug)
-	plug.Flush()
+	p.g.restart()
 }
 
 // onState hears from the session; Dead comes before its commands come back.
@@ -188,6 +200,7 @@ const (
 // routine is the path's life.
 func (p *Path) routine() {
 	defer p.g.routines.Done()
+	defer close(p.gone)
 	backoff := backoffMin
 	logged := ""
 	for {
@@ -198,7 +211,7 @@ func (p *Path) routine() {
 			select {
 			case <-p.wake:
 				continue
-			case <-p.g.stop:
+			case <-p.quit:
 				return
 			}
 		}
@@ -226,7 +239,7 @@ func (p *Path) routine() {
 		case <-time.After(wait):
 		case <-p.wake:
 			backoff = backoffMin
-		case <-p.g.stop:
+		case <-p.quit:
 			return
 		}
 	}
@@ -237,7 +250,7 @@ func (p *Path) routine() {
 func (p *Path) serve() (time.Duration, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	stopped := context.AfterFunc(stopContext{p.g.stop}, cancel)
+	stopped := context.AfterFunc(stopContext{p.quit}, cancel)
 	defer stopped()
 	s, err := p.Open(ctx, p.onState, p.onRoom)
 	if err != nil {
@@ -267,8 +280,10 @@ func (p *Path) serve() (time.Duration, error) {
 		<-s.Done()
 		p.settle()
 	}()
+	var info *initiator.LUInfo
+	state := checker.Up
 	if err = p.fenceOwn(ctx, s); err == nil {
-		err = p.verify(ctx, s)
+		info, state, err = p.verify(ctx, s)
 	}
 	if err != nil {
 		s.Abort(err)
@@ -277,108 +292,188 @@ func (p *Path) serve() (time.Duration, error) {
 		}
 		return 0, err
 	}
-	if p.g.cfg.OnRisk != nil {
-		p.g.cfg.OnRisk(p.Name, true, p.portals())
+	if p.g.cfg().OnRisk != nil {
+		p.g.cfg().OnRisk(p.Name, true, p.portals())
 		for _, q := range p.siblings() {
 			if untested { // they can now be fenced through this path too
-				p.g.cfg.OnRisk(q.Name, true, q.portals())
+				p.g.cfg().OnRisk(q.Name, true, q.portals())
 			}
 		}
 	}
+	p.rank(ctx, s, info)
+	release := p.probation()
+	defer release()
 	began := time.Now()
 	p.set(func() {
 		p.session = s
 		p.suspect = false
-		p.checkState = checker.Up
+		p.checkState = state
 		select {
 		case <-s.Done():
 		default:
 			p.current.Store(&sessionBox{s})
 			p.up = true
 			p.lastError = ""
-			p.g.log.Info("path serves", "path", p.Name)
+			p.g.log.Info("path is up", "path", p.Name)
 		}
 	})
 	tested()
-	p.watch(ctx, s)
+	p.g.regrow()
+	p.watch(ctx, s, info)
 	return time.Since(began), nil
 }
 
 // verify proves that the path leads to the map's own disk, flushes what it may
 // hold unflushed, and checks it.
-func (p *Path) verify(ctx context.Context, s Session) error {
-	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.CheckTimeout)
+func (p *Path) verify(ctx context.Context, s Session) (*initiator.LUInfo, checker.State, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.g.cfg().CheckTimeout)
 	defer cancel()
 	info, err := initiator.Identify(ctx, s, p.LUN)
 	if err != nil {
-		return err
+		return nil, checker.Down, err
 	}
-	if err := SameLU(p.g.info, info, p.Target, p.Target, true); err != nil {
+	if err := p.fits(info); err != nil {
 		err = fmt.Errorf("identity changed, the path is out until reinstated by hand: %w", err)
 		p.set(func() { p.wrongLU = true })
-		return err
+		return nil, checker.Down, err
 	}
+	p.g.mu.Lock()
+	p.serial, p.blocks = info.Serial, info.Blocks
+	if _, group, ok := scsi.TargetPort(info.Designators); ok {
+		p.portGroup = int(group)
+	}
+	p.g.mu.Unlock()
 	if p.dirty.Load() && info.WriteCache {
 		var cdb scsi.CDB
 		scsi.SyncCache(&cdb, 0, 0, info.Use16 && !p.sync10.Load())
 		c := &initiator.Command{LUN: p.LUN, CDB: cdb}
 		if err := s.Do(ctx, c); err != nil {
-			return err
+			return nil, checker.Down, err
 		}
 		if c.Result.Status == scsi.StatusGood {
 			p.dirty.Store(false)
 		}
 	}
-	if v := p.check(ctx, s); v.State != checker.Up {
-		return fmt.Errorf("checker %s: %s: %w", p.g.checker.Name(), v.State, v.Err)
+	v := p.check(ctx, s, info.Standby)
+	if v.State != checker.Up && v.State != checker.Ghost {
+		return nil, v.State, fmt.Errorf("checker %s: %s: %w", p.g.cfg().checker.Name(), v.State, v.Err)
 	}
-	return nil
+	return info, v.State, nil
 }
 
-func (p *Path) check(ctx context.Context, s Session) checker.Verdict {
-	ctx, cancel := context.WithTimeout(ctx, p.g.cfg.CheckTimeout)
+// A path that I/O failed although its session and its checker were content
+// comes back at once the first time; then it waits longer and longer while
+// others serve, so that it cannot draw I/O again and again.
+const (
+	probationMin    = 2 * time.Second
+	probationMax    = time.Minute
+	probationForget = 10 * time.Minute
+)
+
+// probation delays the path if its I/O keeps failing. The function that it
+// returns ends that; it is called when the session ends.
+func (p *Path) probation() (release func()) {
+	p.g.mu.Lock()
+	if p.blamed.Swap(false) {
+		if time.Since(p.struck) > probationForget {
+			p.strikes = 0
+		}
+		p.strikes++
+		p.struck = time.Now()
+	}
+	wait := time.Duration(0)
+	if p.strikes > 1 && time.Since(p.struck) < probationForget {
+		wait = min(probationMin<<min(p.strikes-2, 10), probationMax) - time.Since(p.struck)
+	}
+	p.delayed = wait > 0
+	p.g.mu.Unlock()
+	if wait <= 0 {
+		return func() {}
+	}
+	p.g.log.Warn("path delayed: its I/O failed repeatedly although it answers", "path", p.Name, "for", wait, "failures", p.strikes)
+	t := time.AfterFunc(wait, func() { p.set(func() { p.delayed = false }) })
+	return func() {
+		t.Stop()
+		p.set(func() { p.delayed = false })
+	}
+}
+
+// check runs the checker. A path in standby is never read: that could make an
+// array move the unit.
+func (p *Path) check(ctx context.Context, s Session, standby bool) checker.Verdict {
+	ctx, cancel := context.WithTimeout(ctx, p.g.cfg().CheckTimeout)
 	defer cancel()
-	return p.g.checker.Check(ctx, checker.LU{Doer: s, LUN: p.LUN, BlockSize: p.g.info.BlockSize, Use16: p.g.info.Use16})
+	chk := p.g.cfg().checker
+	p.g.mu.Lock()
+	if standby || p.access != accessUnknown && p.access != int(scsi.ActiveOptimized) {
+		chk = checker.TUR
+	}
+	p.g.mu.Unlock()
+	return chk.Check(ctx, checker.LU{Doer: s, LUN: p.LUN, BlockSize: p.g.lu().BlockSize, Use16: p.g.lu().Use16})
 }
 
 // watch runs the checker until the session ends or the group stops.
-func (p *Path) watch(ctx context.Context, s Session) {
-	iv := checker.Interval{Min: p.g.cfg.PollingInterval, Max: p.g.cfg.MaxPollingInterval}
-	wait := iv.Next(false)
+func (p *Path) watch(ctx context.Context, s Session, info *initiator.LUInfo) {
+	iv := checker.Interval{}
+	next := func(steady bool) time.Duration {
+		c := p.g.cfg() // it may have changed
+		iv.Min, iv.Max = c.PollingInterval, c.MaxPollingInterval
+		return iv.Next(steady)
+	}
+	wait := next(false)
 	for {
 		select {
 		case <-s.Done():
 			return
-		case <-p.g.stop:
+		case <-p.quit:
 			// Commands in flight come back first, within the failover time.
 			stop, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 			defer cancel()
 			s.Close(stop)
 			return
+		case <-p.rerank:
+			p.rankAndPublish(ctx, s, info)
+			continue
 		case <-p.recheck:
-			if err := p.verify(ctx, s); err != nil {
-				s.Abort(err)
-				<-s.Done()
-				p.set(func() { p.lastError = err.Error() })
+			seen, state, err := p.verify(ctx, s)
+			if err != nil {
+				p.giveUp(s, err)
 				return
 			}
+			info = seen
+			p.rank(ctx, s, info)
 			p.set(func() {
 				select {
 				case <-s.Done():
 				default:
 					p.current.Store(&sessionBox{s})
-					p.up, p.checkState = true, checker.Up
+					p.up, p.checkState = true, state
 				}
 			})
+			p.g.regrow()
+			for _, q := range *p.g.everyPath.Load() {
+				if q.sees() < info.Blocks { // the others hear of it when they are asked
+					q.doubt()
+				}
+			}
 			continue
 		case <-time.After(wait):
 		}
-		v := p.check(ctx, s)
+		v := p.check(ctx, s, false)
 		p.g.mu.Lock()
-		changed := v.State != p.checkState
+		was := p.checkState
 		p.g.mu.Unlock()
+		changed := v.State != was
+		if changed && v.State == checker.Up && was == checker.Ghost { // it tells its size now: prove it
+			seen, state, err := p.verify(ctx, s)
+			if err != nil {
+				p.giveUp(s, err)
+				return
+			}
+			info, v.State = seen, state
+		}
 		if changed && v.State != checker.Pending {
-			p.g.log.Warn("checker changed its mind", "path", p.Name, "checker", p.g.checker.Name(), "state", v.State, "cause", v.Err)
+			p.g.log.Warn("checker changed its mind", "path", p.Name, "checker", p.g.cfg().checker.Name(), "state", v.State, "cause", v.Err)
 			p.set(func() {
 				p.checkState = v.State
 				p.up = v.State == checker.Up || v.State == checker.Ghost
@@ -392,8 +487,29 @@ func (p *Path) watch(ctx context.Context, s Session) {
 				}
 			})
 		}
-		wait = iv.Next(v.State == checker.Up && !changed)
+		if v.State == checker.Up || v.State == checker.Ghost {
+			p.rankAndPublish(ctx, s, info)
+		}
+		wait = next(v.State == checker.Up && !changed)
+		if v.State == checker.Pending {
+			wait = min(wait, time.Second)
+		}
 	}
+}
+
+// rankAndPublish asks for the priority and acts on a change.
+func (p *Path) rankAndPublish(ctx context.Context, s Session, info *initiator.LUInfo) {
+	if p.rank(ctx, s, info) {
+		p.set(func() {})
+		p.g.rankOthers(p)
+	}
+}
+
+// giveUp ends a session whose unit failed its verification.
+func (p *Path) giveUp(s Session, err error) {
+	s.Abort(err)
+	<-s.Done()
+	p.set(func() { p.lastError = err.Error() })
 }
 
 // stopContext is a context that ends when a channel closes.

@@ -83,6 +83,14 @@ func (g *Group) drain(p *block.Plug) {
 	g.mu.Unlock()
 }
 
+// restart gives everything that waits another try.
+func (g *Group) restart() {
+	var p block.Plug
+	g.unpark(nil, &p)
+	g.drain(&p)
+	p.Flush()
+}
+
 // park puts a flush aside until the path that it needs is back: other requests
 // go on meanwhile. It reports whether it kept or ended r; false means that the
 // path came back just now.
@@ -96,8 +104,8 @@ func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	if wait {
 		r.Route.Next = g.parked
 		g.parked = r
-		if n := g.cfg.NoPathRetry; n > 0 && g.forced == 0 && g.giveUpFlush == nil {
-			g.giveUpFlush = time.AfterFunc(time.Duration(n)*g.cfg.PollingInterval, func() {
+		if n := g.cfg().NoPathRetry; n > 0 && g.forced == 0 && g.giveUpFlush == nil {
+			g.giveUpFlush = time.AfterFunc(time.Duration(n)*g.cfg().PollingInterval, func() {
 				var plug block.Plug
 				g.mu.Lock()
 				g.giveUpFlush = nil

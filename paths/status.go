@@ -5,6 +5,9 @@ import (
 	"math/bits"
 	"sync/atomic"
 	"time"
+
+	"github.com/mpathd/mpathd/checker"
+	"github.com/mpathd/mpathd/scsi"
 )
 
 // MapStatus is one map of `show maps --json`.
@@ -23,6 +26,22 @@ type MapStatus struct {
 	Paths     PathCounts    `json:"paths"`
 	Groups    []GroupStatus `json:"groups"`
 	Safety    Safety        `json:"write_safety"`
+	Totals    Totals        `json:"totals"`
+}
+
+// Totals are counters of a map since start.
+type Totals struct {
+	Failed        int64        `json:"failed"` // requests answered with an error
+	GroupSwitches int64        `json:"group_switches"`
+	Retried       Distribution `json:"-"` // requests that needed another path
+}
+
+// Distribution is a histogram in seconds: Buckets are cumulative counts by
+// upper edge.
+type Distribution struct {
+	Count   uint64
+	Sum     float64
+	Buckets map[float64]uint64
 }
 
 // Safety is what the map does about writes that may still execute behind dead
@@ -83,23 +102,27 @@ type GroupStatus struct {
 
 // PathStatus is one path.
 type PathStatus struct {
-	Name         string  `json:"name"`
-	URL          string  `json:"url"`
-	Trust        Trust   `json:"fence_test"` // reinstates, untrusted, or empty when not tested
-	Portal       string  `json:"portal"`
-	Target       string  `json:"target"`
-	LUN          uint64  `json:"lun"`
-	State        string  `json:"state"`
-	Serving      bool    `json:"serving"`
-	Checker      string  `json:"checker"`
-	CheckerState string  `json:"checker_state"`
-	Prio         int     `json:"prio"`
-	InFlight     int64   `json:"inflight"`
-	IOs          int64   `json:"ios"`
-	Errors       int64   `json:"errors"`
-	Failures     int64   `json:"failures"`
-	Latency      Latency `json:"latency_us"`
-	LastError    string  `json:"last_error"`
+	Name         string       `json:"name"`
+	URL          string       `json:"url"`
+	Trust        Trust        `json:"fence_test"` // reinstates, untrusted, or empty when not tested
+	Portal       string       `json:"portal"`
+	Target       string       `json:"target"`
+	LUN          uint64       `json:"lun"`
+	State        string       `json:"state"`
+	Serving      bool         `json:"serving"`
+	Checker      string       `json:"checker"`
+	CheckerState string       `json:"checker_state"`
+	Access       string       `json:"access,omitempty"` // asymmetric access state
+	Prio         int          `json:"prio"`
+	InFlight     int64        `json:"inflight"`
+	IOs          int64        `json:"ios"`
+	Errors       int64        `json:"errors"`
+	Failures     int64        `json:"failures"`
+	ReadBytes    int64        `json:"read_bytes"`
+	WrittenBytes int64        `json:"written_bytes"`
+	Times        Distribution `json:"-"`
+	Latency      Latency      `json:"latency_us"`
+	LastError    string       `json:"last_error"`
 }
 
 // Latency are percentiles in microseconds since start.
@@ -117,40 +140,44 @@ func (g *Group) Snapshot() MapStatus {
 	for _, p := range t.paths {
 		serving[p] = true
 	}
-	m := MapStatus{Alias: g.cfg.Alias, WWID: g.info.WWID, Vendor: g.info.Vendor, Product: g.info.Product, Size: g.geometry.Size,
-		BlockSize: g.geometry.BlockSize, ReadOnly: g.geometry.ReadOnly, Queueing: g.queueing(), Queued: g.waiting.Load(), Groups: []GroupStatus{}}
-	m.Safety = g.ledger.status(&g.cfg)
+	m := MapStatus{Alias: g.cfg().Alias, WWID: g.lu().WWID, Vendor: g.lu().Vendor, Product: g.lu().Product, Size: g.Geometry().Size,
+		BlockSize: g.Geometry().BlockSize, ReadOnly: g.Geometry().ReadOnly, Queueing: g.queueing(), Queued: g.waiting.Load(), Groups: []GroupStatus{}}
+	m.Safety = g.ledger.status(&g.cfg().Config)
 	m.Safety.WriteThrough = g.through.Load()
+	m.Totals = Totals{g.failedUp.Load(), g.groupSwitches, g.retried.distribution()}
 	m.Paths.Total, m.Paths.Active = len(g.paths), len(t.paths)
-	for i, p := range g.paths {
-		st := PathStatus{Name: p.Name, URL: p.URL, Portal: p.Portal, Target: p.Target, LUN: p.LUNNumber, State: "down", Serving: serving[p],
-			Checker: g.checker.Name(), CheckerState: string(p.checkState), Prio: 1, InFlight: p.load.InFlight.Load(), IOs: p.ios.Load(),
-			Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.trust}
-		st.Latency.P50, st.Latency.P99 = p.latency.percentile(50), p.latency.percentile(99)
-		if p.usable() {
-			m.Paths.Usable++
-			switch {
-			case p.suspect:
-				st.State = "suspect"
-			case p.checkState == "ghost":
-				st.State = "ghost"
-			default:
-				st.State = "up"
+	for _, pg := range g.grouping((*Path).usable) {
+		gs := GroupStatus{Selector: g.cfg().selector.Name(), Prio: pg.prio, State: "disabled"}
+		for _, p := range pg.paths {
+			st := PathStatus{Name: p.Name, URL: p.URL, Portal: p.Portal, Target: p.Target, LUN: p.LUNNumber, State: "down", Serving: serving[p],
+				Checker: g.cfg().checker.Name(), CheckerState: string(p.checkState), Prio: p.prio, InFlight: p.load.InFlight.Load(), IOs: p.ios.Load(),
+				Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.trust,
+				ReadBytes: p.read.Load(), WrittenBytes: p.written.Load(), Times: p.latency.distribution()}
+			st.Latency.P50, st.Latency.P99 = p.latency.percentile(50), p.latency.percentile(99)
+			if p.access != accessUnknown {
+				st.Access = scsi.AccessStateText(uint8(p.access))
+			}
+			if p.usable() {
+				m.Paths.Usable++
+				switch {
+				case p.suspect:
+					st.State = "suspect"
+				case p.delayed:
+					st.State = "delayed"
+				case p.checkState == checker.Ghost:
+					st.State = "ghost"
+				default:
+					st.State = "up"
+				}
+			}
+			gs.Paths = append(gs.Paths, st)
+			if st.Serving {
+				gs.State = "active"
+			} else if p.usable() && gs.State == "disabled" {
+				gs.State = "enabled"
 			}
 		}
-		if i == 0 || g.cfg.Policy == "failover" {
-			m.Groups = append(m.Groups, GroupStatus{Selector: g.selector.Name(), State: "disabled"})
-		}
-		gs := &m.Groups[len(m.Groups)-1]
-		gs.Paths = append(gs.Paths, st)
-		if st.Serving {
-			gs.State = "active"
-		} else if p.usable() && gs.State == "disabled" {
-			gs.State = "enabled"
-		}
-		if p.usable() {
-			gs.Prio = 1
-		}
+		m.Groups = append(m.Groups, gs)
 	}
 	switch {
 	case m.Paths.Usable == 0 && !m.Queueing:
@@ -166,7 +193,25 @@ func (g *Group) Snapshot() MapStatus {
 }
 
 // histogram counts latencies in buckets of a quarter of a power of two.
-type histogram struct{ n [160]atomic.Uint32 }
+type histogram struct {
+	n   [160]atomic.Uint32
+	sum atomic.Int64 // ns
+}
+
+// distribution gives one bucket per power of four from 16 us to 67 s.
+func (h *histogram) distribution() Distribution {
+	d := Distribution{Buckets: map[float64]uint64{}}
+	edge := 4 // exponent of two, in us
+	for i := range h.n {
+		if i/4 == edge && edge <= 26 {
+			d.Buckets[float64(uint64(1)<<edge)/1e6] = d.Count
+			edge += 2
+		}
+		d.Count += uint64(h.n[i].Load())
+	}
+	d.Sum = float64(h.sum.Load()) / 1e9
+	return d
+}
 
 func (h *histogram) add(ns int64) {
 	us := uint64(max(ns/1000, 1))
@@ -176,6 +221,7 @@ func (h *histogram) add(ns int64) {
 		i += int(us >> (e - 2) & 3)
 	}
 	h.n[min(i, len(h.n)-1)].Add(1)
+	h.sum.Add(ns)
 }
 
 // percentile is the upper edge of the bucket that holds it, microseconds.

@@ -33,7 +33,7 @@ func (g *Group) Submit(r *block.Request, p *block.Plug) {
 // start issues the request's next command on the path that the selector picks,
 // not on avoid if there is another. False: no path took it.
 func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
-	if r.Op == block.Trim && (g.noUnmap.Load() || !g.info.Unmap) || r.Op == block.Flush && !g.info.WriteCache {
+	if r.Op == block.Trim && (g.noUnmap.Load() || !g.lu().Unmap) || r.Op == block.Flush && !g.lu().WriteCache {
 		g.finish(r, nil, p)
 		return true
 	}
@@ -54,7 +54,7 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 	}
 	first := 0
 	if len(t.paths) > 1 {
-		first = g.selector.Pick(t.loads, int(size))
+		first = t.selector.Pick(t.loads, int(size))
 	}
 	for i := range t.paths {
 		if g.issue(r, t.paths[(first+i)%len(t.paths)], size, p) {
@@ -109,14 +109,14 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	c.Dir, c.Data = initiator.NoData, nil
 	// GOOD is the word on UNMAP and WRITE SAME: tgt 1.0.85 answers UNMAP with a
 	// residual as long as its parameter list.
-	a.dirties = r.Op != block.Read && r.Op != block.Flush && g.info.WriteCache
+	a.dirties = r.Op != block.Read && r.Op != block.Flush && g.lu().WriteCache
 	if g.through.Load() && r.Op != block.WriteZeroes { // nothing stays in a cache: a trim need not last
 		a.dirties = false
 	}
 	c.ShortOK = r.Op == block.Trim || r.Op == block.WriteZeroes && !g.noSame.Load()
-	bs := int64(g.info.BlockSize)
+	bs := int64(g.lu().BlockSize)
 	lba := uint64((r.Off + r.Route.Pos) / bs)
-	use16 := g.info.Use16
+	use16 := g.lu().Use16
 	a.unsupported = nil
 	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
 	switch {
@@ -129,21 +129,21 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		scsi.Read(&c.CDB, lba, uint32(size/bs), use16)
 	case r.Op == block.Write:
 		c.Dir, c.Data = initiator.DataOut, r.Data[r.Route.Pos:r.Route.Pos+size]
-		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.info.DPOFUA, use16)
+		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
 	case r.Op == block.Trim:
 		size = min(r.Len-r.Route.Pos, 1<<30)
-		if g.info.MaxUnmap > 0 {
-			size = min(size, int64(g.info.MaxUnmap)*bs)
+		if g.lu().MaxUnmap > 0 {
+			size = min(size, int64(g.lu().MaxUnmap)*bs)
 		}
 		scsi.Unmap(&c.CDB, a.list[:], lba, uint32(size/bs))
 		c.Dir, c.Data = initiator.DataOut, a.list[:]
 		a.unsupported = &g.noUnmap
 	case !g.noSame.Load():
 		size = min(r.Len-r.Route.Pos, 32<<20)
-		if g.info.MaxWriteSame > 0 {
-			size = min(size, int64(g.info.MaxWriteSame)*bs)
+		if g.lu().MaxWriteSame > 0 {
+			size = min(size, int64(g.lu().MaxWriteSame)*bs)
 		}
-		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.info.Unmap && g.info.Zeroes)
+		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.lu().Unmap && g.lu().Zeroes)
 		c.Dir, c.Data = initiator.DataOut, g.zeroes[:bs]
 		a.unsupported = &g.noSame
 		if g.through.Load() { // WRITE SAME knows no FUA
@@ -153,10 +153,10 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		size = min(r.Len-r.Route.Pos, int64(len(g.zeroes)))
 		c.Dir, c.Data = initiator.DataOut, g.zeroes[:size]
 		a.dirties = a.dirties && !g.through.Load()
-		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.info.DPOFUA, use16)
+		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
 	}
 	a.size = size
-	if !flush && r.Op != block.Read && g.cfg.Protection != Off {
+	if !flush && r.Op != block.Read && g.cfg().Protection != Off {
 		blocks := uint64(size / bs)
 		a.span.Store(span(lba, lba+blocks))
 		if g.ledger.open.Load() > 0 && g.hold(r, a, lba, lba+blocks) {

@@ -28,21 +28,21 @@ func attacher(spec string) (daemon.Attacher, error) {
 		return nil, err
 	}
 	first := strings.TrimPrefix(spec, "auto")
-	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (string, func() error, error) {
+	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (daemon.Kernel, error) {
 		if device == "" {
 			device, first = first, "" // daemon attaches one map at a time
 		}
 		kernel, conn, err := sys.SocketPair()
 		if err != nil {
-			return "", nil, err
+			return daemon.Kernel{}, err
 		}
 		defer kernel.Close()
 		go d.Server().ServeTransmission(conn, export)
 		dev, err := attach.Connect(attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: "mpathd:" + wwid, Socket: kernel})
 		if err != nil {
 			conn.Close()
-			return "", nil, err
+			return daemon.Kernel{}, err
 		}
-		return dev.Path(), dev.Disconnect, nil
+		return daemon.Kernel{Path: dev.Path(), Detach: dev.Disconnect, Resize: dev.Resize}, nil
 	}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -70,36 +71,37 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 		}
 		o.Targets = append(o.Targets, u)
 	}
-	flags := o.Policy
 	names := &daemon.Bindings{File: "/var/lib/mpathd/bindings", Inherited: "/etc/multipath/bindings"}
 	if filepath.Dir(o.State) != "." {
 		names.File = filepath.Join(filepath.Dir(o.State), "bindings")
 	}
+	flags, log := o.Policy, o.Logger
 	o.Resolve = func(info *initiator.LUInfo) (paths.Config, string, error) {
-		return resolve(o, c, names, flags, set, info)
+		return resolve(log, c, names, flags, set, info)
 	}
 	return nil
 }
 
 // resolve is the policy of one map.
-func resolve(o *daemon.Options, c *config.Config, names *daemon.Bindings, flags paths.Config, set func(string) bool, info *initiator.LUInfo) (paths.Config, string, error) {
+func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags paths.Config, set func(string) bool, info *initiator.LUInfo) (paths.Config, string, error) {
 	lu := config.LU{WWID: info.WWID, Synonyms: info.Synonyms, Vendor: info.Vendor, Product: info.Product, Revision: info.Revision}
 	if why := c.Blacklisted(lu); why != "" {
 		return paths.Config{}, "", fmt.Errorf("%s is left alone: %s", info.WWID, why)
 	}
 	s := c.For(lu)
 	for _, a := range s.Approximations {
-		o.Logger.Warn("setting honoured only nearly", "wwid", info.WWID, "what", a)
+		log.Warn("setting honoured only nearly", "wwid", info.WWID, "what", a)
 	}
-	p := paths.Config{Alias: s.Alias, Policy: s.Policy, Selector: s.Selector, Checker: s.Checker, Manual: s.Manual, NoPathRetry: s.NoPathRetry,
+	p := paths.Config{Alias: s.Alias, Policy: s.Policy, Selector: s.Selector, Checker: s.Checker, AutoResize: s.AutoResize, Failback: s.Failback, FailbackAfter: s.FailbackAfter, Prio: s.Prio, PrioArgs: s.PrioArgs, MinIO: s.MinIO, WeightByPrio: s.WeightByPrio, NoPathRetry: s.NoPathRetry,
 		PollingInterval: s.PollingInterval, MaxPollingInterval: s.MaxPollingInterval, CheckTimeout: s.CheckTimeout, Merge: s.Named,
 		Protection: s.Protection, FenceWait: s.FenceWait, Quarantine: s.Quarantine, Replicated: s.Replicated, MultibusServers: s.MultibusServers}
 	if s.FenceCommand != "" {
 		p.FenceCommand = func(ctx context.Context, path string) error { return runFence(ctx, s.FenceCommand, path) }
 	}
 	for flag, over := range map[string]func(){
+		"prio": func() { p.Prio = flags.Prio }, "prio-args": func() { p.PrioArgs = flags.PrioArgs },
 		"alias": func() { p.Alias = flags.Alias }, "policy": func() { p.Policy = flags.Policy }, "selector": func() { p.Selector = flags.Selector },
-		"checker": func() { p.Checker = flags.Checker }, "failback": func() { p.Manual = flags.Manual },
+		"checker": func() { p.Checker = flags.Checker }, "failback": func() { p.Failback, p.FailbackAfter = flags.Failback, flags.FailbackAfter },
 		"no-path-retry":    func() { p.NoPathRetry = flags.NoPathRetry },
 		"polling-interval": func() { p.PollingInterval = flags.PollingInterval }, "max-polling-interval": func() { p.MaxPollingInterval = flags.MaxPollingInterval },
 		"ghost-protection": func() { p.Protection = flags.Protection }, "fence-wait": func() { p.FenceWait = flags.FenceWait },
@@ -119,7 +121,7 @@ func resolve(o *daemon.Options, c *config.Config, names *daemon.Bindings, flags 
 		}
 		alias, err := names.Alias(s.AliasPrefix, slices.Concat([]string{info.WWID}, info.Synonyms), reserved)
 		if err != nil {
-			o.Logger.Error("no user-friendly name, the WWID is used", "wwid", info.WWID, "cause", err)
+			log.Error("no user-friendly name, the WWID is used", "wwid", info.WWID, "cause", err)
 		} else {
 			p.Alias = alias
 		}

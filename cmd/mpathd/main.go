@@ -23,7 +23,7 @@ func main() {
 	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "text or json")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(runCommand(), showCommand(), checkCommand(), pathCommand("fail", "take a path out of service"),
-		pathCommand("reinstate", "let a path serve again"), pathCommand("fence", "declare that the path's old session can write no more (its server is off)"), queueCommand(), discoverCommand(), wwidCommand(), demoCommand(), targetCommand())
+		pathCommand("reinstate", "let a path serve again"), pathCommand("fence", "declare that the path's old session can write no more (its server is off)"), queueCommand(), switchCommand(), resizeCommand(), reconfigureCommand(), eventsCommand(), discoverCommand(), wwidCommand(), demoCommand(), targetCommand())
 	if err := root.Execute(); err != nil {
 		fmt.Fprintln(os.Stderr, "mpathd:", err)
 		var u usageError

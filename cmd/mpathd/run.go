@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -29,7 +30,7 @@ const (
 func runCommand() *cobra.Command {
 	o := daemon.Options{}
 	var attachTo, failback, retry, fence, file string
-	var effective *config.Config
+	var effective atomic.Pointer[config.Config]
 	c := &cobra.Command{Use: "run [flags] [PATH-URL ...]", Short: "log in, make maps, export them", Args: args(cobra.ArbitraryArgs),
 		RunE: func(cmd *cobra.Command, urls []string) error {
 			for _, u := range urls {
@@ -38,10 +39,14 @@ func runCommand() *cobra.Command {
 				}
 			}
 			switch failback {
-			case "immediate", "manual":
-				o.Policy.Manual = failback == "manual"
+			case paths.Immediate, paths.Manual, paths.Followover:
+				o.Policy.Failback = failback
 			default:
-				return usageError{fmt.Errorf("--failback %q: want immediate or manual", failback)}
+				n, err := strconv.Atoi(failback)
+				if err != nil || n < 0 {
+					return usageError{fmt.Errorf("--failback %q: want immediate, manual, followover or seconds", failback)}
+				}
+				o.Policy.Failback, o.Policy.FailbackAfter = paths.Immediate, time.Duration(n)*time.Second
 			}
 			switch retry {
 			case "queue":
@@ -72,21 +77,35 @@ func runCommand() *cobra.Command {
 				file = findConfig()
 			}
 			if file != "" {
-				c, err := config.Load(file)
-				if err != nil {
+				given := o // what the flags said
+				load := func(o *daemon.Options, attach *string) error {
+					c, err := config.Load(file)
+					if err != nil {
+						return err
+					}
+					for _, w := range c.Warnings {
+						o.Logger.Warn("configuration", "at", w.Pos.String(), "text", w.Text)
+					}
+					if len(c.Errors) > 0 {
+						report(c)
+						return fmt.Errorf("%w: %s", errConfig, c.Errors[0])
+					}
+					if err := configure(o, c, cmd.Flags().Changed, attach); err != nil {
+						return fmt.Errorf("configuration %s: %w", file, err)
+					}
+					effective.Store(c)
+					return nil
+				}
+				if err := load(&o, &attachTo); err != nil {
 					return err
 				}
-				for _, w := range c.Warnings {
-					o.Logger.Warn("configuration", "at", w.Pos.String(), "text", w.Text)
+				o.Reload = func() (daemon.Reloaded, error) {
+					again, ignored := given, ""
+					if err := load(&again, &ignored); err != nil {
+						return daemon.Reloaded{}, err
+					}
+					return daemon.Reloaded{Targets: again.Targets, Discover: again.Discover, Resolve: again.Resolve}, nil
 				}
-				if len(c.Errors) > 0 {
-					report(c)
-					return errConfig
-				}
-				if err := configure(&o, c, cmd.Flags().Changed, &attachTo); err != nil {
-					return fmt.Errorf("configuration %s: %w", file, err)
-				}
-				effective = c
 			}
 			if len(urls) == 0 && len(o.Targets) == 0 && len(o.Discover) == 0 {
 				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
@@ -102,18 +121,27 @@ func runCommand() *cobra.Command {
 				}
 			}
 			o.ShowConfig = func() any {
-				if effective == nil {
+				c := effective.Load()
+				if c == nil {
 					return map[string]any{}
 				}
-				return configJSON(effective, true)
+				return configJSON(c, true)
 			}
 			d, err := daemon.Start(o)
 			if err != nil {
 				return err
 			}
 			sig := make(chan os.Signal, 2)
-			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM)
-			o.Logger.Info("stopping", "signal", (<-sig).String())
+			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+			for s := range sig {
+				if s != syscall.SIGHUP {
+					o.Logger.Info("stopping", "signal", s.String())
+					break
+				}
+				if err := d.Reconfigure(); err != nil {
+					o.Logger.Error("reconfigure", "cause", err)
+				}
+			}
 			ctx, cancel := context.WithTimeout(context.Background(), stopTime)
 			defer cancel()
 			return d.Stop(ctx)
@@ -128,10 +156,13 @@ func runCommand() *cobra.Command {
 	f.DurationVar(&o.FailoverTime, "failover-time", time.Second, "silence after which a path is dead; all timers derive from it")
 	f.IntVar(&o.QueueDepth, "queue-depth", 128, "requests in flight per path and per NBD connection")
 	f.StringVar(&o.Policy.Alias, "alias", "", "name of the first map (default: its WWID)")
-	f.StringVar(&o.Policy.Policy, "policy", "failover", "path_grouping_policy: failover or multibus")
-	f.StringVar(&o.Policy.Selector, "selector", "service-time 0", "path_selector: round-robin, queue-length, service-time, failover")
+	f.StringVar(&o.Policy.Policy, "policy", "failover", "path_grouping_policy: failover, multibus, group_by_prio, group_by_serial, group_by_node_name, group_by_tpg")
+	f.StringVar(&o.Policy.Prio, "prio", "", "prio: const, alua, weightedpath, path_latency, random, iet, ontap, datacore (default: alua where the unit has it)")
+	f.StringVar(&o.Policy.PrioArgs, "prio-args", "", "prio_args")
+	f.StringVar(&o.Metrics, "metrics", "", "serve Prometheus at HOST:PORT")
+	f.StringVar(&o.Policy.Selector, "selector", "service-time 0", "path_selector: service-time, round-robin, queue-length, historical-service-time, failover")
 	f.StringVar(&o.Policy.Checker, "checker", "tur", "path_checker: tur, readsector0, directio, none")
-	f.StringVar(&failback, "failback", "immediate", "immediate or manual")
+	f.StringVar(&failback, "failback", "immediate", "immediate, manual, followover or seconds")
 	f.StringVar(&retry, "no-path-retry", "queue", "without a path: queue, fail, or a number of checks to wait")
 	f.DurationVar(&o.Policy.PollingInterval, "polling-interval", 5*time.Second, "shortest time between checks")
 	f.DurationVar(&o.Policy.MaxPollingInterval, "max-polling-interval", 0, "longest time between checks (default 4 x polling-interval)")

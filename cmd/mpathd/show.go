@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -22,30 +24,43 @@ import (
 
 var control string
 
+const callTime = 60 * time.Second // a resize asks all paths
+
 func controlFlag(c *cobra.Command) *cobra.Command {
 	c.PersistentFlags().StringVar(&control, "control", defaultControl, "control socket of the daemon")
 	return c
 }
 
-// call asks the daemon; out is filled from its JSON answer.
-func call(method, path string, form url.Values, out any) error {
-	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+// ask sends a request to the daemon; the answer is a good one. The caller
+// closes its body. A limit of 0 waits for ever.
+func ask(method, path string, form url.Values, limit time.Duration) (*http.Response, error) {
+	client := http.Client{Timeout: limit, Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", control)
 	}}}
 	rq, err := http.NewRequest(method, "http://mpathd"+path, strings.NewReader(form.Encode()))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	rq.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	rs, err := client.Do(rq)
 	if err != nil {
-		return fmt.Errorf("control socket %s: no daemon answers: is `mpathd run` up, and is this its --control? (%w)", control, errors.Unwrap(err))
+		return nil, fmt.Errorf("control socket %s: no daemon answers: is `mpathd run` up, and is this its --control? (%w)", control, errors.Unwrap(err))
+	}
+	if rs.StatusCode != http.StatusOK {
+		defer rs.Body.Close()
+		b, _ := io.ReadAll(io.LimitReader(rs.Body, 4096))
+		return nil, errors.New(strings.TrimSpace(string(b)))
+	}
+	return rs, nil
+}
+
+// call asks the daemon; out is filled from its JSON answer.
+func call(method, path string, form url.Values, out any) error {
+	rs, err := ask(method, path, form, callTime)
+	if err != nil {
+		return err
 	}
 	defer rs.Body.Close()
-	if rs.StatusCode != http.StatusOK {
-		b, _ := io.ReadAll(io.LimitReader(rs.Body, 4096))
-		return errors.New(strings.TrimSpace(string(b)))
-	}
 	if out == nil {
 		return nil
 	}
@@ -87,10 +102,10 @@ func showCommand() *cobra.Command {
 			}
 		}})
 	}
-	maps := func() any { return &daemon.Maps{} }
-	sub("maps", "one line per map", "/maps", maps, func(v any) { printMaps(v.(*daemon.Maps)) })
-	sub("paths", "one line per path", "/maps", maps, func(v any) { printPaths(v.(*daemon.Maps)) })
-	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", maps, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
+	all := func() any { return &daemon.Maps{} }
+	sub("maps", "one line per map", "/maps", all, func(v any) { printMaps(v.(*daemon.Maps)) })
+	sub("paths", "one line per path", "/maps", all, func(v any) { printPaths(v.(*daemon.Maps)) })
+	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", all, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
 	sub("config", "the configuration in force", "/config", func() any { return &map[string]any{} }, func(v any) { printJSON(v) })
 	sub("status", "the daemon itself", "/status", func() any { return &daemon.Status{} }, func(v any) {
 		s := v.(*daemon.Status)
@@ -214,6 +229,74 @@ func pathCommand(verb, short string) *cobra.Command {
 	return controlFlag(&cobra.Command{Use: verb + " PATH", Short: short, Args: args(cobra.ExactArgs(1)), RunE: func(_ *cobra.Command, a []string) error {
 		return call("POST", "/"+verb, url.Values{"path": a}, nil)
 	}})
+}
+
+func switchCommand() *cobra.Command {
+	return controlFlag(&cobra.Command{Use: "switch MAP GROUP", Short: "use a path group (1 is the first of show topology) until it fails; 0 follows the policy again",
+		Args: args(cobra.ExactArgs(2)), RunE: func(_ *cobra.Command, a []string) error {
+			return call("POST", "/switch", url.Values{"map": a[:1], "group": a[1:]}, nil)
+		}})
+}
+
+func resizeCommand() *cobra.Command {
+	var force string
+	c := controlFlag(&cobra.Command{Use: "resize MAP", Short: "take over the capacity that all paths report", Args: args(cobra.ExactArgs(1)), RunE: func(cmd *cobra.Command, a []string) error {
+		if ok, _ := cmd.Flags().GetBool("force"); ok {
+			force = "yes"
+		}
+		return call("POST", "/resize", url.Values{"map": a, "force": {force}}, nil)
+	}})
+	c.Flags().Bool("force", false, "also a smaller one: what is beyond the new end is lost")
+	return c
+}
+
+func reconfigureCommand() *cobra.Command {
+	return controlFlag(&cobra.Command{Use: "reconfigure", Short: "read the configuration again and apply what changed", Args: args(cobra.NoArgs), RunE: func(*cobra.Command, []string) error {
+		return call("POST", "/reconfigure", nil, nil)
+	}})
+}
+
+func eventsCommand() *cobra.Command {
+	var asJSON, past bool
+	c := controlFlag(&cobra.Command{Use: "events", Short: "what happens to maps and paths, as it happens", Args: args(cobra.NoArgs), RunE: func(*cobra.Command, []string) error {
+		path := "/events"
+		if past {
+			path += "?past=yes"
+		}
+		rs, err := ask("GET", path, nil, 0)
+		if err != nil {
+			return err
+		}
+		defer rs.Body.Close()
+		for in := json.NewDecoder(rs.Body); ; {
+			var e daemon.Event
+			if err := in.Decode(&e); errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				return errors.New("events: the daemon stopped")
+			} else if err != nil {
+				return fmt.Errorf("events: %w", err)
+			}
+			if asJSON {
+				json.NewEncoder(os.Stdout).Encode(e)
+				continue
+			}
+			line := e.Time.Format("2006-01-02 15:04:05.000") + " " + e.Name
+			for _, f := range [][2]string{{"map", e.Map}, {"path", e.Path}} {
+				if f[1] != "" {
+					line += " " + f[0] + "=" + f[1]
+				}
+			}
+			for _, k := range slices.Sorted(maps.Keys(e.Fields)) {
+				line += " " + k + "=" + e.Fields[k]
+			}
+			if e.Cause != "" {
+				line += ": " + e.Cause
+			}
+			fmt.Println(line)
+		}
+	}})
+	c.Flags().BoolVar(&asJSON, "json", false, "one JSON object per line")
+	c.Flags().BoolVar(&past, "past", false, "begin with the last 1000 events")
+	return c
 }
 
 func queueCommand() *cobra.Command {

@@ -19,8 +19,9 @@ import (
 
 // Commands and attributes of include/uapi/linux/nbd-netlink.h.
 const (
-	cmdConnect    = 1
-	cmdDisconnect = 2
+	cmdConnect     = 1
+	cmdDisconnect  = 2
+	cmdReconfigure = 3
 
 	attrIndex           = 1
 	attrSizeBytes       = 2
@@ -47,7 +48,8 @@ type Options struct {
 
 // Device is an attached kernel device.
 type Device struct {
-	index int
+	index   int
+	backend string
 }
 
 // Path is the device node.
@@ -124,7 +126,7 @@ func Connect(o Options) (*Device, error) {
 	if index < 0 {
 		return nil, errors.New("attach: the kernel did not name the device")
 	}
-	d := &Device{index}
+	d := &Device{index, o.Backend}
 	if err := d.tune(); err != nil {
 		d.Disconnect()
 		return nil, err
@@ -162,6 +164,29 @@ func (d *Device) tune() error {
 		if err != nil && kv[0] != "discard_max_bytes" { // absent where the unit cannot trim
 			return fmt.Errorf("attach: queue setting %s: %w", kv[0], err)
 		}
+	}
+	return nil
+}
+
+// Resize tells the kernel the device's new size in bytes (nbd_genl_reconfigure).
+func (d *Device) Resize(size int64) error {
+	c, fam, err := dial()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d.index))
+	e.Uint64(attrSizeBytes, uint64(size))
+	if d.backend != "" { // the kernel wants to see that the device is ours
+		e.String(attrBackend, d.backend)
+	}
+	b, err := e.Encode()
+	if err != nil {
+		return err
+	}
+	if _, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdReconfigure, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge); err != nil {
+		return fmt.Errorf("resize %s to %d bytes: %w", d.Path(), size, err)
 	}
 	return nil
 }
