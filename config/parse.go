@@ -360,18 +360,18 @@ func (p *parser) initiator(b *block, t, v token, val string) {
 	case key == "failover_time" && b.name == "initiator":
 		err = duration(val)
 	case key == "header_digest" || key == "data_digest":
-		if err = strictly(val, "none", "crc32c"); err == nil && val != "none" {
-			err = errors.New("digests are not built yet: none is the only value")
+		if b.name != "initiator" {
+			err = errors.New("digests are set in the initiator section, for all targets")
+		} else {
+			err = strictly(val, "none", "crc32c")
 		}
-	case key == "mutual_chap_user" || key == "mutual_chap_secret_file":
-		err = errors.New("mutual CHAP is not built yet")
-	case key == "chap_user":
-	case key == "chap_secret_file":
+	case key == "chap_user" || key == "mutual_chap_user":
+	case key == "chap_secret_file" || key == "mutual_chap_secret_file":
 		if !filepath.IsAbs(val) {
 			err = fmt.Errorf("%q: want an absolute path", val)
 		}
 	default:
-		p.fail(t.col, "unknown keyword %q in %s%s", key, b.name, hint(key, []string{"name", "discover", "target", "url", "chap_user", "chap_secret_file", "failover_time", "header_digest", "data_digest"}))
+		p.fail(t.col, "unknown keyword %q in %s%s", key, b.name, hint(key, []string{"name", "discover", "target", "url", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file", "failover_time", "header_digest", "data_digest"}))
 		return
 	}
 	if err != nil {

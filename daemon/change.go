@@ -93,7 +93,7 @@ func (d *Daemon) discoverOnce(p Discovery) {
 	d.wg.Add(1)
 	go func() {
 		defer d.wg.Done()
-		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, User: p.User, Secret: p.Secret}, "discovery "+p.Address))
+		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
 		if err != nil {
 			d.log.Error("discovery failed", "portal", p.Address, "cause", err)
 			return
@@ -105,7 +105,7 @@ func (d *Daemon) discoverOnce(p Discovery) {
 func (d *Daemon) add(p Discovery, ts []initiator.DiscoveredTarget) {
 	for _, t := range ts {
 		for _, at := range t.Portals {
-			d.addURL(initiator.URL{Address: at.Address, Target: t.Name, User: p.User, Secret: p.Secret})
+			d.addURL(initiator.URL{Address: at.Address, Target: t.Name, Credentials: p.Credentials})
 		}
 	}
 }

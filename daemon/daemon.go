@@ -26,21 +26,22 @@ import (
 
 // Options is what `mpathd run` was asked to do.
 type Options struct {
-	URLs          []string
-	Targets       []initiator.URL // like URLs, with secrets that no URL could carry
-	Discover      []Discovery     // portals whose targets are asked for
-	Resolve       Resolver        // settings of each map; nil: Policy for all
-	InitiatorName string
-	NBD           string // unix:PATH or tcp:HOST:PORT
-	Control       string // path of the control socket
-	Merge         []string
-	FailoverTime  time.Duration
-	QueueDepth    int
-	Policy        paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
-	Attach        Attacher     // nil: no kernel device
-	State         string       // file that remembers unfenced paths across runs; empty: none
-	Logger        *slog.Logger
-	ShowConfig    func() any // what `show config` prints; nil: nothing
+	URLs                     []string
+	Targets                  []initiator.URL // like URLs, with secrets that no URL could carry
+	Discover                 []Discovery     // portals whose targets are asked for
+	Resolve                  Resolver        // settings of each map; nil: Policy for all
+	InitiatorName            string
+	NBD                      string // unix:PATH or tcp:HOST:PORT
+	Control                  string // path of the control socket
+	Merge                    []string
+	FailoverTime             time.Duration
+	HeaderDigest, DataDigest bool // demand CRC32C
+	QueueDepth               int
+	Policy                   paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
+	Attach                   Attacher     // nil: no kernel device
+	State                    string       // file that remembers unfenced paths across runs; empty: none
+	Logger                   *slog.Logger
+	ShowConfig               func() any // what `show config` prints; nil: nothing
 	// Reload reads the configuration again, for `reconfigure` and SIGHUP; nil:
 	// there is none.
 	Reload  func() (Reloaded, error)
@@ -56,7 +57,10 @@ type Reloaded struct {
 
 // Discovery is a portal to ask for its targets (SendTargets), and the CHAP
 // credentials for the discovery and for what it finds.
-type Discovery struct{ Address, User, Secret string }
+type Discovery struct {
+	Address string
+	initiator.Credentials
+}
 
 // Resolver gives the policy of the map that a unit belongs to and the kernel
 // device pinned to it, if any. An error leaves the unit alone.
@@ -176,7 +180,7 @@ func (d *Daemon) discover(p Discovery) {
 	name := "discovery at " + p.Address
 	logged := ""
 	for d.ctx.Err() == nil {
-		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, User: p.User, Secret: p.Secret}, "discovery "+p.Address))
+		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
 		if err == nil {
 			d.mu.Lock()
 			delete(d.pending, name)
@@ -262,7 +266,7 @@ func (d *Daemon) bringUp(u initiator.URL, order int) {
 }
 
 func (d *Daemon) sessionConfig(u initiator.URL, isid string) initiator.Config {
-	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: d.o.InitiatorName, User: u.User, Secret: u.Secret,
+	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: d.o.InitiatorName, Credentials: u.Credentials, HeaderDigest: d.o.HeaderDigest, DataDigest: d.o.DataDigest,
 		ISID: initiator.PathISID(d.o.InitiatorName, u.Target, isid), FailoverTime: d.o.FailoverTime, QueueDepth: d.o.QueueDepth}
 }
 
@@ -398,7 +402,7 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 		if u, err := initiator.ParseURL(r.URL); err == nil {
 			un.LUN = scsi.LUNFromNumber(u.LUN)
 			if have, ok := secrets[u.Target]; ok {
-				u.User, u.Secret = have.User, have.Secret
+				u.Credentials = have.Credentials
 			}
 			for _, portal := range r.Portals {
 				un.Via[portal] = func(ctx context.Context) (paths.Session, error) { return d.openAt(ctx, u, portal) }
@@ -415,7 +419,7 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 			d.mu.Unlock()
 			for _, u := range urls {
 				if u.Address == addr {
-					u.HasLUN, u.User, u.Secret = true, "", ""
+					u.HasLUN, u.Credentials = true, initiator.Credentials{}
 					fmt.Sscan(lun, &u.LUN)
 					url = u.String()
 				}

@@ -27,12 +27,13 @@ const (
 
 // Params are the negotiated parameters.
 type Params struct {
-	InitialR2T    bool
-	ImmediateData bool
-	FirstBurst    int // bytes
-	MaxBurst      int // bytes
-	TargetMaxData int // the target's MaxRecvDataSegmentLength, bytes
-	MaxR2T        int
+	InitialR2T               bool
+	ImmediateData            bool
+	FirstBurst               int // bytes
+	MaxBurst                 int // bytes
+	TargetMaxData            int // the target's MaxRecvDataSegmentLength, bytes
+	MaxR2T                   int
+	HeaderDigest, DataDigest bool // CRC32C
 }
 
 // LoginError is a login that the target refused (RFC 7143 11.13.5).
@@ -75,11 +76,13 @@ type login struct {
 	text      []byte
 	out       []byte
 	seen      map[string]bool
+	md5Only   bool // offer CHAP_A=5 alone
+	answered  bool // a CHAP response went out
 }
 
 // connectAndLogin dials the portal, follows redirects and logs in.
 func connectAndLogin(ctx context.Context, c *Config) (net.Conn, *login, error) {
-	address := c.Address
+	address, md5Only := c.Address, false
 	for range maxRedirects {
 		conn, err := c.Dial(ctx, "tcp", address)
 		if err != nil {
@@ -92,7 +95,7 @@ func connectAndLogin(ctx context.Context, c *Config) (net.Conn, *login, error) {
 			}
 		}
 		stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-		lg := &login{conn: conn, c: c, first: true, seen: map[string]bool{}}
+		lg := &login{conn: conn, c: c, first: true, md5Only: md5Only, seen: map[string]bool{}}
 		err = lg.run()
 		if !stop() && err == nil {
 			err = ctx.Err()
@@ -102,6 +105,17 @@ func connectAndLogin(ctx context.Context, c *Config) (net.Conn, *login, error) {
 			return conn, lg, nil
 		}
 		conn.Close()
+		var denied *LoginError
+		if c.User != "" && !md5Only && !lg.answered && (errors.As(err, &denied) && denied.Class == 2 && denied.Detail == 1 || errors.Is(err, errAlgorithms)) {
+			md5Only = true // old targets refuse any list: LIO before 3.15, Synology
+			continue
+		}
+		if lg.answered && errors.As(err, &denied) && denied.Class == 2 && denied.Detail == 0 { // tgt says so for a wrong secret
+			err = fmt.Errorf("authentication failed: check user and secret: %w", err)
+		}
+		if c.User == "" && errors.As(err, &denied) && denied.Class == 2 && denied.Detail == 1 {
+			err = fmt.Errorf("the target wants authentication: set a CHAP user and secret: %w", err)
+		}
 		var r *redirect
 		if !errors.As(err, &r) {
 			if ctx.Err() != nil {
@@ -162,7 +176,9 @@ func (lg *login) run() error {
 
 // offer lists our operational keys; each goes out once per login.
 func (lg *login) offer() {
-	for _, kv := range [][2]string{{"HeaderDigest", "None"}, {"DataDigest", "None"}, {"MaxRecvDataSegmentLength", strconv.Itoa(offeredMaxData)},
+	digest := map[bool]string{false: "None", true: "CRC32C"}
+	normal := lg.c.TargetName != ""
+	for _, kv := range [][2]string{{"HeaderDigest", digest[normal && lg.c.HeaderDigest]}, {"DataDigest", digest[normal && lg.c.DataDigest]}, {"MaxRecvDataSegmentLength", strconv.Itoa(offeredMaxData)},
 		{"DefaultTime2Wait", "0"}, {"DefaultTime2Retain", "0"}, {"ErrorRecoveryLevel", "0"}} {
 		lg.out = pdu.AppendKey(lg.out, kv[0], kv[1])
 	}
@@ -265,6 +281,13 @@ func (lg *login) settle(keys []pdu.Key) error {
 			return breach("key %s twice", k.Name)
 		}
 		lg.seen[k.Name] = true
+		if d := k.Name == "HeaderDigest" && lg.c.HeaderDigest || k.Name == "DataDigest" && lg.c.DataDigest; d && lg.c.TargetName != "" {
+			if k.Value != "CRC32C" {
+				return fmt.Errorf("the target does not do CRC32C as %s (it says %.16q): set it to none for this target", k.Name, k.Value)
+			}
+			p.HeaderDigest, p.DataDigest = p.HeaderDigest || k.Name == "HeaderDigest", p.DataDigest || k.Name == "DataDigest"
+			continue
+		}
 		switch k.Value {
 		case "Irrelevant", "NotUnderstood", "Reject":
 			continue // the default stays
@@ -317,6 +340,9 @@ func (lg *login) settle(keys []pdu.Key) error {
 
 func (lg *login) check() error {
 	p := &lg.params
+	if lg.c.TargetName != "" && (lg.c.HeaderDigest != p.HeaderDigest || lg.c.DataDigest != p.DataDigest) {
+		return errors.New("the target ended the login without a word about digests")
+	}
 	if p.FirstBurst > p.MaxBurst {
 		if lg.seen["FirstBurstLength"] && lg.seen["MaxBurstLength"] {
 			return breach("FirstBurstLength %d is more than MaxBurstLength %d", p.FirstBurst, p.MaxBurst)

@@ -1,8 +1,10 @@
 package initiator
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 
 	"github.com/mpathd/mpathd/block"
@@ -155,7 +157,7 @@ func (rc *receiver) next() error {
 	if h.DataLen() > offeredMaxData {
 		return breach("%d bytes of data in one PDU, %d allowed", h.DataLen(), offeredMaxData)
 	}
-	if err := rc.skip(h.AHSLen()); err != nil {
+	if err := rc.extra(h); err != nil {
 		return err
 	}
 	if h.Opcode() == pdu.OpDataIn {
@@ -165,12 +167,53 @@ func (rc *receiver) next() error {
 	if n > maxSmallPDU {
 		return breach("opcode %#02x with %d bytes of data", h.Opcode(), n)
 	}
-	if err := rc.need(n + pdu.Pad(n)); err != nil {
+	padded := n + pdu.Pad(n)
+	if err := rc.need(padded + rc.dataDigest(n)); err != nil {
 		return err
 	}
 	data := rc.buf[rc.r : rc.r+n]
-	rc.r += n + pdu.Pad(n)
+	whole := rc.buf[rc.r : rc.r+padded]
+	rc.r += padded
+	if rc.dataDigest(n) > 0 {
+		if err := rc.compare(crc32.Checksum(whole, castagnoli), "data"); err != nil {
+			return err
+		}
+	}
 	return rc.dispatch(h, data)
+}
+
+// extra passes the additional header segments and checks the header digest,
+// which covers them.
+func (rc *receiver) extra(h *pdu.Header) error {
+	if !rc.s.params.HeaderDigest {
+		return rc.skip(h.AHSLen())
+	}
+	n := h.AHSLen()
+	if err := rc.need(n + digestLen); err != nil {
+		return err
+	}
+	sum := crc32.Update(crc32.Checksum(h[:], castagnoli), castagnoli, rc.buf[rc.r:rc.r+n])
+	rc.r += n
+	return rc.compare(sum, "header")
+}
+
+// dataDigest is how many bytes of digest follow a data segment of n bytes.
+func (rc *receiver) dataDigest(n int) int {
+	if n > 0 && rc.s.params.DataDigest {
+		return digestLen
+	}
+	return 0
+}
+
+// compare takes a digest off the buffer. At ErrorRecoveryLevel 0 a wrong one
+// ends the connection (RFC 7143 7.7, 7.8): its commands are retried.
+func (rc *receiver) compare(sum uint32, what string) error {
+	got := binary.LittleEndian.Uint32(rc.buf[rc.r:])
+	rc.r += digestLen
+	if got != sum {
+		return fmt.Errorf("%s digest error: the network or the target corrupts data", what)
+	}
+	return nil
 }
 
 func (rc *receiver) dispatch(h *pdu.Header, data []byte) error {
@@ -290,8 +333,20 @@ func (rc *receiver) dataIn(h *pdu.Header) error {
 	if err := rc.readInto(c.Data[off : int(off)+n]); err != nil {
 		return err
 	}
-	if err := rc.skip(pdu.Pad(n)); err != nil {
-		return err
+	if rc.dataDigest(n) == 0 {
+		if err := rc.skip(pdu.Pad(n)); err != nil {
+			return err
+		}
+	} else {
+		pad := pdu.Pad(n)
+		if err := rc.need(pad + digestLen); err != nil {
+			return err
+		}
+		sum := crc32.Update(crc32.Checksum(c.Data[off:int(off)+n], castagnoli), castagnoli, rc.buf[rc.r:rc.r+pad])
+		rc.r += pad
+		if err := rc.compare(sum, "data"); err != nil {
+			return err
+		}
 	}
 	sl.off += uint32(n)
 	sl.dataSN++

@@ -1,6 +1,8 @@
 package initiator
 
 import (
+	"encoding/binary"
+	"hash/crc32"
 	"net"
 
 	"github.com/mpathd/mpathd/block"
@@ -10,13 +12,41 @@ import (
 
 // item is one PDU on its way out: its header, and data that stays where it is.
 type item struct {
-	hdr  pdu.Header
-	data []byte
-	slot int32 // the task it belongs to, -1 for none
-	sent int32 // bytes of header, data and pad that the kernel took
+	hdr        pdu.Header
+	data       []byte
+	hcrc, dcrc [4]byte // digests, if negotiated
+	summed     bool
+	slot       int32 // the task it belongs to, -1 for none
+	sent       int32 // bytes of header, data and pad that the kernel took
 }
 
-func (it *item) size() int { return pdu.HeaderLen + len(it.data) + pdu.Pad(len(it.data)) }
+func (s *Session) size(it *item) int {
+	n := pdu.HeaderLen + len(it.data) + pdu.Pad(len(it.data))
+	if s.params.HeaderDigest {
+		n += digestLen
+	}
+	if s.params.DataDigest && len(it.data) > 0 {
+		n += digestLen
+	}
+	return n
+}
+
+// sum computes the digests (RFC 7143 13.1): CRC32C over the header, and over
+// data and padding.
+func (s *Session) sum(it *item) {
+	it.summed = true
+	if s.params.HeaderDigest {
+		binary.LittleEndian.PutUint32(it.hcrc[:], crc32.Checksum(it.hdr[:], castagnoli))
+	}
+	if s.params.DataDigest {
+		c := crc32.Checksum(it.data, castagnoli)
+		binary.LittleEndian.PutUint32(it.dcrc[:], crc32.Update(c, castagnoli, zeroPad[:pdu.Pad(len(it.data))]))
+	}
+}
+
+const digestLen = 4
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // wire is the session's private part of a Command.
 type wire struct{}
@@ -201,25 +231,35 @@ func (s *Session) send(park bool) bool {
 // gather builds the vector of what is left of cur.
 func (s *Session) gather() {
 	iov := s.iov[:0]
-	for i := s.curAt; i < len(s.cur) && len(iov)+3 <= sys.MaxIovecs; i++ {
+	for i := s.curAt; i < len(s.cur) && len(iov)+5 <= sys.MaxIovecs; i++ {
 		it := &s.cur[i]
 		at := int(it.sent)
-		if at < pdu.HeaderLen {
-			iov = append(iov, it.hdr[at:])
-			at = pdu.HeaderLen
+		if !it.summed && (s.params.HeaderDigest || s.params.DataDigest) {
+			s.sum(it)
+		}
+		iov, at = rest(iov, it.hdr[:], at)
+		if s.params.HeaderDigest {
+			iov, at = rest(iov, it.hcrc[:], at)
 		}
 		if len(it.data) == 0 {
 			continue
 		}
-		if at -= pdu.HeaderLen; at < len(it.data) {
-			iov = append(iov, it.data[at:])
-			at = len(it.data)
-		}
-		if pad := it.size() - pdu.HeaderLen; at < pad {
-			iov = append(iov, zeroPad[:pad-at])
+		iov, at = rest(iov, it.data, at)
+		iov, at = rest(iov, zeroPad[:pdu.Pad(len(it.data))], at)
+		if s.params.DataDigest {
+			iov, _ = rest(iov, it.dcrc[:], at)
 		}
 	}
 	s.iov = iov
+}
+
+// rest appends what is left of b when sent bytes of it and what follows are
+// gone; it returns how many of those lie behind b.
+func rest(iov [][]byte, b []byte, sent int) ([][]byte, int) {
+	if sent >= len(b) {
+		return iov, sent - len(b)
+	}
+	return append(iov, b[sent:]), 0
 }
 
 // account books n more bytes as sent and finishes commands that the target
@@ -230,10 +270,11 @@ func (s *Session) account(n int, failed bool) bool {
 	s.mu.Lock()
 	for n > 0 && s.curAt < len(s.cur) {
 		it := &s.cur[s.curAt]
-		step := min(n, it.size()-int(it.sent))
+		size := s.size(it)
+		step := min(n, size-int(it.sent))
 		it.sent += int32(step)
 		n -= step
-		whole := int(it.sent) == it.size()
+		whole := int(it.sent) == size
 		if it.slot >= 0 {
 			sl := &s.slots[it.slot]
 			sl.touched = true

@@ -37,11 +37,14 @@ type Config struct {
 	Address       string // host:port
 	TargetName    string // empty: a discovery session
 	InitiatorName string
-	ISID          [6]byte       // stable per path, see PathISID
-	User, Secret  string        // CHAP, unused when User is empty
-	FailoverTime  time.Duration // silence that ends a busy session; default 1 s
-	LoginTimeout  time.Duration // connect and login together; default 5 s
-	QueueDepth    int           // commands in flight, default 128, at most 4096
+	ISID          [6]byte // stable per path, see PathISID
+	Credentials           // CHAP
+	// HeaderDigest and DataDigest demand CRC32C (RFC 7143 13.1): a target that
+	// refuses is not used.
+	HeaderDigest, DataDigest bool
+	FailoverTime             time.Duration // silence that ends a busy session; default 1 s
+	LoginTimeout             time.Duration // connect and login together; default 5 s
+	QueueDepth               int           // commands in flight, default 128, at most 4096
 	// Dial replaces net.Dialer.DialContext in tests.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// OnState is told of Suspect, Up (again) and Dead, never with a lock held.

@@ -14,15 +14,22 @@ func defaultDial(ctx context.Context, network, address string) (net.Conn, error)
 	return (&net.Dialer{}).DialContext(ctx, network, address)
 }
 
+// Credentials are those of CHAP (RFC 7143 12.1). An empty User means none; with
+// MutualSecret the target must prove itself too, as MutualUser if that is set.
+type Credentials struct {
+	User, Secret             string
+	MutualUser, MutualSecret string
+}
+
 // URL is a path to a logical unit as libiscsi spells it:
 // iscsi://[user[%secret]@]host[:port]/target-iqn/lun. Without a LUN it means
 // all units of the target.
 type URL struct {
-	User, Secret string
-	Address      string // host:port
-	Target       string
-	LUN          uint64
-	HasLUN       bool
+	Credentials        // the mutual ones are never spelled in a URL
+	Address     string // host:port
+	Target      string
+	LUN         uint64
+	HasLUN      bool
 }
 
 // ParseURL reads a PATH-URL. Its errors never quote a secret.

@@ -73,7 +73,7 @@ func printConfig(w io.Writer, c *config.Config, effective bool) {
 		fmt.Fprintf(w, "%s}\n", indent)
 	}
 	fmt.Fprintln(w, "initiator {")
-	for _, k := range []string{"name", "failover_time", "header_digest", "data_digest", "chap_user", "chap_secret_file"} {
+	for _, k := range []string{"name", "failover_time", "header_digest", "data_digest", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file"} {
 		if v, ok := c.Initiator.Settings[k]; ok {
 			fmt.Fprintf(w, "\t%s %s\n", k, quote(v))
 		}

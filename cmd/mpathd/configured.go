@@ -43,7 +43,13 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 	if v := ini["failover_time"]; v != "" && !set("failover-time") {
 		o.FailoverTime, _ = time.ParseDuration(v)
 	}
-	user, secret, err := chap(ini)
+	if v := ini["header_digest"]; v != "" && !set("header-digest") {
+		o.HeaderDigest = v == "crc32c"
+	}
+	if v := ini["data_digest"]; v != "" && !set("data-digest") {
+		o.DataDigest = v == "crc32c"
+	}
+	own, err := credentials(ini)
 	if err != nil {
 		return err
 	}
@@ -52,7 +58,7 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 		if err != nil {
 			return err
 		}
-		o.Discover = append(o.Discover, daemon.Discovery{Address: address, User: user, Secret: secret})
+		o.Discover = append(o.Discover, daemon.Discovery{Address: address, Credentials: own})
 	}
 	for _, t := range c.Initiator.Target {
 		u, err := initiator.ParseURL(t["url"])
@@ -60,14 +66,14 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 			return err
 		}
 		if u.User == "" {
-			u.User, u.Secret = user, secret
+			u.Credentials = own
 		}
-		own, ownSecret, err := chap(t)
+		c, err := credentials(t)
 		if err != nil {
 			return err
 		}
-		if own != "" {
-			u.User, u.Secret = own, ownSecret
+		if c.User != "" {
+			u.Credentials = c
 		}
 		o.Targets = append(o.Targets, u)
 	}
@@ -131,33 +137,52 @@ func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags p
 
 const maxSecret = 4096
 
-// chap reads the secret of chap_user from a file that only its owner can read.
-func chap(s config.Section) (user, secret string, err error) {
-	user, file := s["chap_user"], s["chap_secret_file"]
+// credentials are the CHAP settings of a section. mutual is what the target
+// must prove; it needs credentials of our own.
+func credentials(s config.Section) (c initiator.Credentials, err error) {
+	if c.User, c.Secret, err = chap(s, ""); err != nil {
+		return c, err
+	}
+	if c.MutualUser, c.MutualSecret, err = chap(s, "mutual_"); err != nil {
+		return c, err
+	}
+	switch {
+	case c.MutualSecret != "" && c.Secret == "":
+		return c, errors.New("mutual_chap_secret_file needs chap_user and chap_secret_file too: a target proves itself only to whom it authenticates")
+	case c.MutualSecret != "" && c.MutualSecret == c.Secret:
+		return c, errors.New("chap_secret_file and mutual_chap_secret_file hold the same secret, which proves nothing: choose another one")
+	}
+	return c, nil
+}
+
+// chap reads the secret of chap_user or mutual_chap_user from a file that only
+// its owner can read.
+func chap(s config.Section, kind string) (user, secret string, err error) {
+	user, file := s[kind+"chap_user"], s[kind+"chap_secret_file"]
 	switch {
 	case user == "" && file == "":
 		return "", "", nil
-	case user == "" || file == "":
-		return "", "", errors.New("chap_user and chap_secret_file belong together: one is missing")
+	case file == "" || user == "" && kind == "":
+		return "", "", fmt.Errorf("%schap_user and %schap_secret_file belong together: one is missing", kind, kind)
 	}
 	st, err := os.Stat(file)
 	if err != nil {
 		var pe *fs.PathError
 		errors.As(err, &pe)
-		return "", "", fmt.Errorf("chap_secret_file %s: %w", file, pe.Err)
+		return "", "", fmt.Errorf(kind+"chap_secret_file %s: %w", file, pe.Err)
 	}
 	if !st.Mode().IsRegular() || st.Size() > maxSecret {
-		return "", "", fmt.Errorf("chap_secret_file %s: not a regular file of at most %d bytes", file, maxSecret)
+		return "", "", fmt.Errorf(kind+"chap_secret_file %s: not a regular file of at most %d bytes", file, maxSecret)
 	}
 	if st.Mode().Perm()&0o077 != 0 {
-		return "", "", fmt.Errorf("chap_secret_file %s: mode %04o lets others read it: chmod 600 %s", file, st.Mode().Perm(), file)
+		return "", "", fmt.Errorf(kind+"chap_secret_file %s: mode %04o lets others read it: chmod 600 %s", file, st.Mode().Perm(), file)
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return "", "", err
 	}
 	if secret = strings.TrimRight(string(b), "\r\n"); secret == "" {
-		return "", "", fmt.Errorf("chap_secret_file %s is empty", file)
+		return "", "", fmt.Errorf(kind+"chap_secret_file %s is empty", file)
 	}
 	return user, secret, nil
 }

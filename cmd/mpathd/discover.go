@@ -16,7 +16,7 @@ import (
 )
 
 func sessionTo(u initiator.URL, name string) initiator.Config {
-	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: name, User: u.User, Secret: u.Secret,
+	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: name, Credentials: u.Credentials,
 		ISID: initiator.PathISID(name, u.Target, fmt.Sprint("command ", os.Getpid()))}
 }
 

@@ -154,6 +154,8 @@ func runCommand() *cobra.Command {
 	f.StringVar(&o.InitiatorName, "initiator", "", "initiator name (default: /etc/iscsi/initiatorname.iscsi, else generated once)")
 	f.StringSliceVar(&o.Merge, "merge", nil, "WWID whose paths are one disk although it is only a numbered default")
 	f.DurationVar(&o.FailoverTime, "failover-time", time.Second, "silence after which a path is dead; all timers derive from it")
+	f.Var(digestFlag{&o.HeaderDigest}, "header-digest", "none or crc32c")
+	f.Var(digestFlag{&o.DataDigest}, "data-digest", "none or crc32c")
 	f.IntVar(&o.QueueDepth, "queue-depth", 128, "requests in flight per path and per NBD connection")
 	f.StringVar(&o.Policy.Alias, "alias", "", "name of the first map (default: its WWID)")
 	f.StringVar(&o.Policy.Policy, "policy", "failover", "path_grouping_policy: failover, multibus, group_by_prio, group_by_serial, group_by_node_name, group_by_tpg")
@@ -174,6 +176,24 @@ func runCommand() *cobra.Command {
 	f.BoolVar(&o.Policy.MultibusServers, "multibus-servers", false, "allow --policy multibus over different targets")
 	f.StringVar(&o.State, "state", "", "file that remembers unfenced paths across a crash (default: /var/lib/mpathd/unfenced.json, or beside a --control elsewhere)")
 	return c
+}
+
+// digestFlag is none or crc32c.
+type digestFlag struct{ on *bool }
+
+func (d digestFlag) String() string {
+	if d.on != nil && *d.on {
+		return "crc32c"
+	}
+	return "none"
+}
+func (digestFlag) Type() string { return "digest" }
+func (d digestFlag) Set(v string) error {
+	if v != "none" && v != "crc32c" {
+		return fmt.Errorf("%q: want none or crc32c", v)
+	}
+	*d.on = v == "crc32c"
+	return nil
 }
 
 // runFence runs the operator's command; it succeeds if the command does.

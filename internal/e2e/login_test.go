@@ -1,0 +1,131 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/scsi"
+)
+
+// lone is one tgtd with one unit and no daemon.
+func lone(t *testing.T) (*tgtd, initiator.Config) {
+	need(t, "tgtd", "tgtadm")
+	image := filepath.Join(t.TempDir(), "image")
+	require.NoError(t, os.WriteFile(image, nil, 0o600))
+	require.NoError(t, os.Truncate(image, 64<<20))
+	port := freePort(t)
+	d := &tgtd{t: t, control: 1000 + port%20000, port: port, image: image, iqn: "iqn.2009-01.nl.pref:storage.lone"}
+	d.start()
+	t.Cleanup(d.kill)
+	return d, initiator.Config{Address: fmt.Sprintf("127.0.0.1:%d", port), TargetName: d.iqn, InitiatorName: "iqn.2006-07.com.example.intra:hannibal", ISID: [6]byte{0x80, 1}}
+}
+
+func login(c initiator.Config) error {
+	s, err := initiator.Open(context.Background(), c)
+	if err != nil {
+		return err
+	}
+	return s.Close(context.Background())
+}
+
+func TestCHAPAgainstTgtd(t *testing.T) {
+	d, c := lone(t)
+	d.adm("--op", "new", "--mode", "account", "--user", "hannibal", "--password", "elephants-over-alps")
+	d.adm("--op", "bind", "--mode", "account", "--tid", "1", "--user", "hannibal")
+	require.ErrorContains(t, login(c), "set a CHAP user and secret")
+	c.User, c.Secret = "hannibal", "wrong-secret-here"
+	require.ErrorContains(t, login(c), "authentication failed")
+	c.Secret = "elephants-over-alps"
+	require.NoError(t, login(c))
+
+	c.MutualUser, c.MutualSecret = "storage", "rome-wasnt-built"
+	require.Error(t, login(c), "the target has no outgoing account: it cannot prove itself")
+	d.adm("--op", "new", "--mode", "account", "--user", "storage", "--password", "rome-wasnt-built")
+	d.adm("--op", "bind", "--mode", "account", "--tid", "1", "--user", "storage", "--outgoing")
+	require.NoError(t, login(c))
+	c.MutualSecret = "carthage-must-fall"
+	err := login(c)
+	require.ErrorContains(t, err, "does not know the mutual secret")
+	require.NotContains(t, err.Error(), "carthage")
+	c.MutualSecret = c.Secret
+	require.ErrorContains(t, login(c), "same secret")
+	c.MutualUser, c.MutualSecret = "somebody", "rome-wasnt-built"
+	require.ErrorContains(t, login(c), `calls itself "storage"`)
+}
+
+// moves writes and reads back sizes from one block to 4 MiB, and odd numbers
+// of blocks.
+func moves(t *testing.T, s *initiator.Session) {
+	for i, size := range []int{512, 1536, 4096, 8192, 65536, 66048, 1 << 20, 4 << 20} {
+		data := make([]byte, size)
+		rand.Read(data)
+		lba := uint64(i * 8192)
+		w := &initiator.Command{LUN: scsi.LUNFromNumber(1), Dir: initiator.DataOut, Data: data}
+		scsi.Write(&w.CDB, lba, uint32(size/512), false, true)
+		require.NoError(t, s.Do(context.Background(), w))
+		require.Equal(t, scsi.StatusGood, w.Result.Status, "%d bytes", size)
+		r := &initiator.Command{LUN: scsi.LUNFromNumber(1), Dir: initiator.DataIn, Data: make([]byte, size)}
+		scsi.Read(&r.CDB, lba, uint32(size/512), true)
+		require.NoError(t, s.Do(context.Background(), r))
+		require.Equal(t, scsi.StatusGood, r.Result.Status)
+		require.True(t, bytes.Equal(data, r.Data), "%d bytes came back otherwise", size)
+	}
+}
+
+func TestDigestsAgainstTgtd(t *testing.T) {
+	d, c := lone(t)
+	for _, k := range []string{"HeaderDigest", "DataDigest"} {
+		d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", k, "-v", "CRC32C,None")
+	}
+	for _, digests := range [][2]bool{{true, false}, {false, true}, {true, true}} {
+		c.HeaderDigest, c.DataDigest = digests[0], digests[1]
+		s, err := initiator.Open(context.Background(), c)
+		require.NoError(t, err)
+		p := s.Negotiated()
+		require.Equal(t, digests, [2]bool{p.HeaderDigest, p.DataDigest})
+		_, err = initiator.Identify(context.Background(), s, scsi.LUNFromNumber(1))
+		require.NoError(t, err)
+		moves(t, s)
+		time.Sleep(1200 * time.Millisecond) // pings carry digests too
+		require.NoError(t, s.Err())
+		s.Abort(errors.New("end"))
+		<-s.Done()
+	}
+	d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", "HeaderDigest", "-v", "None")
+	c.HeaderDigest, c.DataDigest = true, false
+	require.ErrorContains(t, login(c), "does not do CRC32C as HeaderDigest")
+}
+
+// Every combination of InitialR2T and ImmediateData, and small bursts.
+func TestBurstsAgainstTgtd(t *testing.T) {
+	d, c := lone(t)
+	for _, r2t := range []string{"Yes", "No"} {
+		for _, immediate := range []string{"Yes", "No"} {
+			for _, burst := range []string{"4096", "65536"} {
+				for k, v := range map[string]string{"InitialR2T": r2t, "ImmediateData": immediate, "FirstBurstLength": burst, "MaxBurstLength": "131072", "MaxRecvDataSegmentLength": "8192"} {
+					d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", k, "-v", v)
+				}
+				s, err := initiator.Open(context.Background(), c)
+				require.NoError(t, err)
+				p := s.Negotiated()
+				require.Equal(t, r2t == "Yes", p.InitialR2T)
+				require.Equal(t, immediate == "Yes", p.ImmediateData)
+				_, err = initiator.Identify(context.Background(), s, scsi.LUNFromNumber(1))
+				require.NoError(t, err)
+				moves(t, s)
+				s.Abort(errors.New("end"))
+				<-s.Done()
+			}
+		}
+	}
+}
