@@ -51,7 +51,7 @@ func (lg *login) security() error {
 	if err := lg.settle(keys); err != nil {
 		return err
 	}
-	algorithms := "7,8,6,5"
+	algorithms := "8,7,6,5"
 	if lg.md5Only {
 		algorithms = "5"
 	}

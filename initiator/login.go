@@ -106,8 +106,11 @@ func connectAndLogin(ctx context.Context, c *Config) (net.Conn, *login, error) {
 		}
 		conn.Close()
 		var denied *LoginError
-		if c.User != "" && !md5Only && !lg.answered && (errors.As(err, &denied) && denied.Class == 2 && denied.Detail == 1 || errors.Is(err, errAlgorithms)) {
-			md5Only = true // old targets refuse any list: LIO before 3.15, Synology
+		refused := errors.As(err, &denied) && denied.Class == 2 && denied.Detail <= 1 || errors.Is(err, errAlgorithms)
+		if c.User != "" && !md5Only && refused {
+			// Old targets refuse any list (LIO before 3.15, Synology), and tgt
+			// means SHA-1 by 7, where everybody else means SHA-256.
+			md5Only = true
 			continue
 		}
 		if lg.answered && errors.As(err, &denied) && denied.Class == 2 && denied.Detail == 0 { // tgt says so for a wrong secret
