@@ -114,7 +114,7 @@ func (s *Session) Submit(c *Command, p *block.Plug) bool {
 	s.free = s.free[:len(s.free)-1]
 	sl := &s.slots[idx]
 	gen := (sl.gen + 1) & 0x7fff
-	*sl = slot{cmd: c, gen: gen, cmdSN: s.cmdSN}
+	*sl = slot{cmd: c, gen: gen, cmdSN: s.cmdSN, tick: s.ticks.Load()}
 	itt := uint32(gen)<<16 | uint32(idx)
 
 	length := len(c.Data)

@@ -43,6 +43,7 @@ type Config struct {
 	// refuses is not used.
 	HeaderDigest, DataDigest bool
 	FailoverTime             time.Duration // silence that ends a busy session; default 1 s
+	CommandTimeout           time.Duration // after which a command that hangs is aborted, default 30 s
 	LoginTimeout             time.Duration // connect and login together; default 5 s
 	QueueDepth               int           // commands in flight, default 128, at most 4096
 	// Dial replaces net.Dialer.DialContext in tests.
@@ -74,6 +75,9 @@ type Session struct {
 	maxCmdSN  atomic.Uint32
 	expCmdSN  atomic.Uint32
 
+	ticks      atomic.Uint32 // of the watchdog
+	escalating atomic.Bool   // one hanging command at a time
+
 	mu       sync.Mutex
 	idle     sync.Cond // sending became false
 	cmdSN    uint32
@@ -85,7 +89,7 @@ type Session struct {
 	closed   bool
 	ping     uint32 // ITT of the ping in flight, 0 if none
 	pingSeq  uint32
-	tmf      chan uint8 // who waits for a task management response
+	tmf      *tmf // the task management request in flight
 	tmfSeq   uint32
 	cur      []item // owned by the sender
 	curAt    int
@@ -99,10 +103,11 @@ type slot struct {
 	cmd      *Command
 	gen      uint16
 	cmdSN    uint32
-	listed   int32 // items in pend or cur that point into cmd
-	finished bool  // completed by the target while items were still listed
-	sent     bool  // the last item so far was wholly handed to the kernel
-	touched  bool  // some byte was handed to the kernel
+	tick     uint32 // when it was submitted
+	listed   int32  // items in pend or cur that point into cmd
+	finished bool   // completed by the target while items were still listed
+	sent     bool   // the last item so far was wholly handed to the kernel
+	touched  bool   // some byte was handed to the kernel
 
 	// reader:
 	off    uint32 // bytes of Data-In received, or of Data-Out asked for
@@ -124,6 +129,9 @@ func Open(ctx context.Context, c Config) (*Session, error) {
 	}
 	if c.LoginTimeout <= 0 {
 		c.LoginTimeout = 5 * time.Second
+	}
+	if c.CommandTimeout <= 0 {
+		c.CommandTimeout = 30 * time.Second
 	}
 	if c.QueueDepth <= 0 {
 		c.QueueDepth = 128

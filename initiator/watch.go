@@ -15,6 +15,7 @@ const (
 	ticksPing    = 1
 	ticksSuspect = 3
 	ticksDead    = 10
+	ticksScan    = 5 // between looks for commands that hang
 )
 
 // routineWatch looks for signs of life: any bytes received count.
@@ -29,6 +30,9 @@ func (s *Session) routineWatch() {
 		case <-s.dying:
 			return
 		case <-tick.C:
+		}
+		if s.ticks.Add(1)%ticksScan == 0 {
+			s.scan()
 		}
 		if rx := s.rx.Load(); rx != seen {
 			seen, silent, idle = rx, 0, 0
@@ -60,6 +64,26 @@ func (s *Session) routineWatch() {
 		case silent >= ticksPing && !pinged:
 			s.sendPing()
 		}
+	}
+}
+
+// scan looks for the oldest command that hangs for longer than CommandTimeout.
+func (s *Session) scan() {
+	limit := uint32(s.cfg.CommandTimeout / (s.cfg.FailoverTime / ticksDead))
+	now, oldest, found, gen := s.ticks.Load(), limit, -1, uint16(0)
+	s.mu.Lock()
+	if len(s.free) < len(s.slots) {
+		for i := range s.slots {
+			sl := &s.slots[i]
+			if age := now - sl.tick; sl.cmd != nil && !sl.finished && age > oldest {
+				oldest, found, gen = age, i, sl.gen
+			}
+		}
+	}
+	s.mu.Unlock()
+	if found >= 0 && s.escalating.CompareAndSwap(false, true) {
+		s.alive.Add(1)
+		go s.escalate(uint16(found), gen)
 	}
 }
 

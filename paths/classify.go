@@ -39,7 +39,9 @@ func classify(r *initiator.Result) Action {
 		return Action{Verb: RetryElsewhere} // the session's end has failed the path already
 	case initiator.ErrAborted:
 		return Action{Verb: RetryHere, Pause: true}
-	default: // target failure, short transfer, timeout
+	case initiator.ErrTimeout: // the target aborted it: slow, not dead
+		return Action{Verb: RetryElsewhere}
+	default: // target failure, short transfer
 		return Action{Verb: FailPath}
 	}
 	switch r.Status {
