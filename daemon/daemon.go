@@ -72,9 +72,10 @@ type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (Ke
 
 // Kernel is an attached kernel device.
 type Kernel struct {
-	Path   string
-	Detach func() error
-	Resize func(bytes int64) error
+	Path    string
+	Detach  func() error
+	Resize  func(bytes int64) error
+	Adopted bool // an earlier run had made it
 }
 
 // Daemon is a running stack.
@@ -442,7 +443,11 @@ func (d *Daemon) attach(m *mapEntry) {
 	d.mu.Lock()
 	m.kernel = k
 	d.mu.Unlock()
-	d.log.Info("attached", "map", m.alias, "device", k.Path)
+	what := "attached"
+	if k.Adopted {
+		what = "device of an earlier run taken over"
+	}
+	d.log.Info(what, "map", m.alias, "device", k.Path)
 }
 
 // Server is the NBD server, for attaching.
@@ -450,12 +455,18 @@ func (d *Daemon) Server() *nbd.Server { return d.server }
 
 // Stop detaches, answers what is in flight, logs out and closes everything,
 // within the time of ctx.
-func (d *Daemon) Stop(ctx context.Context) error {
+func (d *Daemon) Stop(ctx context.Context) error { return d.stop(ctx, true) }
+
+// Leave is Stop without detaching: I/O on the kernel devices waits for the next
+// run, which takes them over.
+func (d *Daemon) Leave(ctx context.Context) error { return d.stop(ctx, false) }
+
+func (d *Daemon) stop(ctx context.Context, detach bool) error {
 	d.mu.Lock()
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
 	for _, m := range maps {
-		if m.kernel.Detach != nil {
+		if m.kernel.Detach != nil && detach {
 			if err := m.kernel.Detach(); err != nil {
 				d.log.Warn("detach failed", "device", m.kernel.Path, "cause", err)
 			}

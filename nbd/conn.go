@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/internal/sys"
@@ -82,10 +83,17 @@ func (s *Server) transmit(cn *conn, x *export) {
 	}
 	cn.plug.Flush()
 	cn.mu.Lock()
+	orphans := len(cn.free) < n
+	if orphans {
+		x.orphans.begin()
+	}
 	for len(cn.free) < n || cn.sending {
 		cn.room.Wait()
 	}
 	cn.mu.Unlock()
+	if orphans {
+		x.orphans.end()
+	}
 	close(stop)
 	writer.Wait()
 }
@@ -196,8 +204,42 @@ func (cn *conn) next() error {
 			}
 		}
 	}
+	if cn.x.orphans.n.Load() > 0 && sl.req.Op != block.Read {
+		cn.plug.Flush()
+		cn.x.orphans.wait()
+	}
 	cn.x.Device.Submit(&sl.req, &cn.plug)
 	return nil
+}
+
+// orphans are connections that ended with requests in flight. Their clients
+// may connect again and send the same writes anew, then overwrite the blocks:
+// until the first copies have ended, nothing else of the export may change it.
+type orphans struct {
+	n    atomic.Int64
+	mu   sync.Mutex
+	cond *sync.Cond
+}
+
+func (o *orphans) begin() { o.n.Add(1) }
+
+func (o *orphans) end() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.n.Add(-1) == 0 && o.cond != nil {
+		o.cond.Broadcast()
+	}
+}
+
+func (o *orphans) wait() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.cond == nil {
+		o.cond = sync.NewCond(&o.mu)
+	}
+	for o.n.Load() > 0 {
+		o.cond.Wait()
+	}
 }
 
 // slot takes a free slot, waiting for one: this and the arena are where a

@@ -35,6 +35,7 @@ type Export struct {
 
 type export struct {
 	Export
+	orphans     orphans
 	limits      atomic.Pointer[proto.Limits]
 	connections atomic.Int64
 }

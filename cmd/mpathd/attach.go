@@ -29,6 +29,12 @@ func attacher(spec string) (daemon.Attacher, error) {
 	}
 	first := strings.TrimPrefix(spec, "auto")
 	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (daemon.Kernel, error) {
+		backend := "mpathd:" + wwid
+		make, old := attach.Connect, attach.Find(backend)
+		if old != "" {
+			// An earlier run died or left, and its users still wait on this device.
+			make, device = attach.Adopt, old
+		}
 		if device == "" {
 			device, first = first, "" // daemon attaches one map at a time
 		}
@@ -38,11 +44,17 @@ func attacher(spec string) (daemon.Attacher, error) {
 		}
 		defer kernel.Close()
 		go d.Server().ServeTransmission(conn, export)
-		dev, err := attach.Connect(attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: "mpathd:" + wwid, Socket: kernel})
+		dev, err := make(attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: backend, Socket: kernel})
 		if err != nil {
 			conn.Close()
 			return daemon.Kernel{}, err
 		}
-		return daemon.Kernel{Path: dev.Path(), Detach: dev.Disconnect, Resize: dev.Resize}, nil
+		unlink, err := dev.Link(export)
+		if err != nil {
+			logger().Warn("no link to the device", "cause", err)
+			unlink = func() {}
+		}
+		detach := func() error { unlink(); return dev.Disconnect() }
+		return daemon.Kernel{Path: dev.Path(), Detach: detach, Resize: dev.Resize, Adopted: old != ""}, nil
 	}, nil
 }

@@ -132,8 +132,14 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			sig := make(chan os.Signal, 2)
-			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR2)
+			stop := d.Stop
 			for s := range sig {
+				if s == syscall.SIGUSR2 { // an upgrade: the next run takes the devices over
+					o.Logger.Info("leaving the kernel devices to the next run")
+					stop = d.Leave
+					break
+				}
 				if s != syscall.SIGHUP {
 					o.Logger.Info("stopping", "signal", s.String())
 					break
@@ -144,7 +150,7 @@ func runCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), stopTime)
 			defer cancel()
-			return d.Stop(ctx)
+			return stop(ctx)
 		}}
 	f := c.Flags()
 	f.StringVar(&file, "config", "", "configuration (default, without PATH-URLs: /etc/mpathd.conf, else /etc/multipath.conf)")

@@ -25,9 +25,12 @@ for i in 1 2; do
 	echo 1 > "$P/enable"
 done
 $MPATHD discover 127.0.0.1 || finish 1 "discovery failed"
-$MPATHD run --control /run/c.sock --nbd unix:/run/n.sock --alias lab --attach /dev/nbd0 --initiator iqn.2026-11.example:host \
-	iscsi://127.0.0.1/iqn.2026-11.example:lab1/0 iscsi://127.0.0.2/iqn.2026-11.example:lab2/0 > /run/mpathd.log 2>&1 &
-PID=$!
+start() {
+	$MPATHD run --control /run/c.sock --nbd unix:/run/n.sock --alias lab --attach /dev/nbd0 --initiator iqn.2026-11.example:host \
+		iscsi://127.0.0.1/iqn.2026-11.example:lab1/0 iscsi://127.0.0.2/iqn.2026-11.example:lab2/0 >> /run/mpathd.log 2>&1 &
+	PID=$!
+}
+start
 for _ in $(seq 100); do [ "$(cat /sys/block/nbd0/size 2>/dev/null || echo 0)" -gt 0 ] && break; sleep 0.1; done
 [ "$(cat /sys/block/nbd0/size)" = 1048576 ] || finish 1 "/dev/nbd0 is not there"
 for _ in $(seq 100); do $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' && break; sleep 0.1; done
@@ -49,6 +52,24 @@ wait $FIO || { cat /run/fio.log; finish 1 "fio failed"; }
 grep -E 'lat.*max|err=' /run/fio.log
 for _ in $(seq 200); do $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' && break; sleep 0.1; done
 $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' || finish 1 "the path did not come back"
+[ "$(readlink /dev/mpath/lab)" = /dev/nbd0 ] || finish 1 "/dev/mpath/lab is missing"
+fio --name=k --directory=/run/mnt --rw=randwrite --bs=4k-64k --size=64m --ioengine=psync --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --rate=6m > /run/fio2.log 2>&1 &
+FIO=$!
+for _ in 1 2; do
+	sleep 2
+	kill -KILL $PID; wait $PID 2>/dev/null
+	say "mpathd killed under load"
+	sleep 0.5
+	start
+done
+sleep 2
+kill -USR2 $PID; wait $PID || finish 1 "mpathd did not leave cleanly"
+say "mpathd left for an upgrade"
+start
+wait $FIO || { cat /run/fio2.log; finish 1 "fio failed when the daemon was killed"; }
+grep -E 'lat.*max|err=' /run/fio2.log
+grep -c 'device of an earlier run taken over' /run/mpathd.log
+[ "$(grep -c 'device of an earlier run taken over' /run/mpathd.log)" = 3 ] || finish 1 "the device was not taken over three times"
 umount /run/mnt || finish 1 "umount failed"
 $GONBD /run/n.sock lab /dev/nbd1 > /run/gonbd.log 2>&1 &
 G=$!

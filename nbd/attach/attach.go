@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -166,6 +167,72 @@ func (d *Device) tune() error {
 		}
 	}
 	return nil
+}
+
+// Find looks for a device that an earlier run attached for this backend and
+// that still waits for a server: its path, or "".
+func Find(backend string) string {
+	names, _ := filepath.Glob("/sys/block/nbd*/backend")
+	for _, f := range names {
+		b, err := os.ReadFile(f)
+		if err == nil && strings.TrimSpace(string(b)) == backend {
+			return "/dev/" + filepath.Base(filepath.Dir(f))
+		}
+	}
+	return ""
+}
+
+// Adopt gives a device that Find found a new connection (NBD_CMD_RECONFIGURE):
+// what waits in the kernel goes on. The kernel replaces a dead connection only.
+func Adopt(o Options) (*Device, error) {
+	index, err := strconv.Atoi(strings.TrimPrefix(o.Device, "/dev/nbd"))
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: want /dev/nbdX", o.Device)
+	}
+	if o.DeadTimeout <= 0 {
+		o.DeadTimeout = 24 * time.Hour
+	}
+	c, fam, err := dial()
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	b, err := encode(o, index)
+	if err != nil {
+		return nil, err
+	}
+	_, err = c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdReconfigure, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge)
+	runtime.KeepAlive(o.Socket)
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: %w", o.Device, err)
+	}
+	return &Device{index, o.Backend}, nil
+}
+
+const links = "/dev/mpath"
+
+// Link makes /dev/mpath/NAME point to the device; the function removes it. A
+// link of that name that leads elsewhere is replaced.
+func (d *Device) Link(name string) (remove func(), err error) {
+	if name == "" || strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
+		return nil, fmt.Errorf("%s/%s: not a file name", links, name)
+	}
+	if err := os.MkdirAll(links, 0o755); err != nil {
+		return nil, err
+	}
+	at, tmp := filepath.Join(links, name), filepath.Join(links, "."+name+".new")
+	os.Remove(tmp)
+	if err := os.Symlink(d.Path(), tmp); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(tmp, at); err != nil {
+		return nil, err
+	}
+	return func() {
+		if to, err := os.Readlink(at); err == nil && to == d.Path() {
+			os.Remove(at)
+		}
+	}, nil
 }
 
 // Resize tells the kernel the device's new size in bytes (nbd_genl_reconfigure).
