@@ -489,3 +489,33 @@ func FuzzTransmission(f *testing.F) {
 		require.NoError(t, s.Shutdown(context.Background()))
 	})
 }
+
+// A client whose connection broke sends its writes again and goes on: what the
+// first connection left behind must not land on top of what follows.
+func TestWritesWaitForThoseOfAConnectionThatEnded(t *testing.T) {
+	_, d, dial := newServer(t, Config{})
+	d.mu.Lock()
+	d.hold = true
+	d.mu.Unlock()
+	a := dial().enter()
+	a.ask(proto.CmdWrite, 0, 1, 0, 512, bytes.Repeat([]byte{'a'}, 512))
+	require.Eventually(t, func() bool { return len(d.requests()) == 1 }, 5*time.Second, time.Millisecond)
+	a.Close()
+	b := dial().enter()
+	b.ask(proto.CmdRead, 0, 2, 0, 512, nil) // reads do not wait
+	require.Eventually(t, func() bool { return len(d.requests()) == 2 }, 5*time.Second, time.Millisecond)
+	b.ask(proto.CmdWrite, 0, 3, 0, 512, bytes.Repeat([]byte{'b'}, 512))
+	time.Sleep(100 * time.Millisecond)
+	require.Len(t, d.requests(), 2, "the second write overtook the first")
+	d.release()
+	for range 2 {
+		e, cookie := b.answer()
+		require.Equal(t, proto.OK, e)
+		if cookie == 2 {
+			b.get(512)
+		}
+	}
+	d.mu.Lock()
+	require.Equal(t, byte('b'), d.data[0])
+	d.mu.Unlock()
+}
