@@ -3,7 +3,10 @@
 // batches system calls, and the error kinds they share. It does no I/O.
 package block
 
-import "errors"
+import (
+	"context"
+	"errors"
+)
 
 // Op is what a Request asks for.
 type Op uint8
@@ -42,6 +45,9 @@ const (
 	FUA Flags = 1 << iota
 	// NoUnmap forbids WriteZeroes to deallocate (NBD_CMD_FLAG_NO_HOLE).
 	NoUnmap
+	// FastZero makes WriteZeroes fail with ErrNotSup where it would be no faster
+	// than writing zeroes.
+	FastZero
 )
 
 // Request is one I/O. It is decoded once, never copied, and waits in at most
@@ -97,7 +103,22 @@ type Geometry struct {
 	ReadOnly      bool
 	Rotational    bool
 	Trim          bool // Trim does something
+	FastZero      bool // WriteZeroes is faster than writing, until it fails with ErrNotSup
 	WriteCache    bool // a volatile cache exists, so Flush matters
+}
+
+// Extent is a run of bytes of one allocation state.
+type Extent struct {
+	Len        int64 // bytes
+	Hole, Zero bool  // not allocated; reads as zeroes
+}
+
+// A Mapper is a Device that knows where it holds data.
+type Mapper interface {
+	// Extents describes the bytes from off on: at least one extent, at most
+	// limit, which together may reach less far than n but not beyond it. It may
+	// wait for the device; when that cannot tell, everything is data.
+	Extents(ctx context.Context, off, n int64, limit int) []Extent
 }
 
 // Error kinds. Hot paths compare and copy these; they never build errors.

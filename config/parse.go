@@ -388,12 +388,19 @@ func (p *parser) nbd(b *block, t, v token, val string) {
 		if !strings.HasPrefix(val, "unix:/") && !strings.HasPrefix(val, "tcp:") {
 			err = fmt.Errorf("%q: want unix:PATH or tcp:HOST:PORT", val)
 		}
+	case "tls_cert", "tls_key", "tls_ca":
+		if !filepath.IsAbs(val) {
+			err = fmt.Errorf("%q: want an absolute path", val)
+		}
+	case "tls_optional":
+		err = strictly(val, "yes", "no")
+	case "allow":
 	case "attach":
 		if val != "auto" && val != "none" && !strings.HasPrefix(val, "/dev/nbd") {
 			err = fmt.Errorf("%q: want auto, none or /dev/nbdN", val)
 		}
 	default:
-		p.fail(t.col, "unknown keyword %q in nbd%s", t.text, hint(t.text, []string{"listen", "attach"}))
+		p.fail(t.col, "unknown keyword %q in nbd%s", t.text, hint(t.text, []string{"listen", "attach", "tls_cert", "tls_key", "tls_ca", "tls_optional", "allow"}))
 		return
 	}
 	if err != nil {

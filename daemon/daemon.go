@@ -4,11 +4,13 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,8 +33,11 @@ type Options struct {
 	Discover                 []Discovery     // portals whose targets are asked for
 	Resolve                  Resolver        // settings of each map; nil: Policy for all
 	InitiatorName            string
-	NBD                      string // unix:PATH or tcp:HOST:PORT
-	Control                  string // path of the control socket
+	NBD                      string         // unix:PATH or tcp:HOST:PORT, several with commas
+	TLS                      *tls.Config    // offered to NBD clients, if set
+	TLSRequired              bool           // of those that come over TCP
+	Allow                    []netip.Prefix // from where TCP clients may come; empty: anywhere
+	Control                  string         // path of the control socket
 	Merge                    []string
 	FailoverTime             time.Duration
 	HeaderDigest, DataDigest bool // demand CRC32C
@@ -127,29 +132,40 @@ func Start(o Options) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	nbdLn, err := listen(o.NBD)
-	if err != nil {
-		return nil, fmt.Errorf("NBD socket: %w", err)
+	var nbdLns []net.Listener
+	closeAll := func() {
+		for _, ln := range nbdLns {
+			ln.Close()
+		}
+	}
+	for spec := range strings.SplitSeq(o.NBD, ",") {
+		ln, err := listen(strings.TrimSpace(spec))
+		if err != nil {
+			closeAll()
+			return nil, fmt.Errorf("NBD socket: %w", err)
+		}
+		nbdLns = append(nbdLns, ln)
 	}
 	ctlLn, err := listen("unix:" + o.Control)
 	if err != nil {
-		nbdLn.Close()
+		closeAll()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
 	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, pending: map[string]string{},
-		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth})}
+		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, TLSRequired: o.TLSRequired, Allow: o.Allow})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if o.Metrics != "" {
 		if err := d.serveMetrics(o.Metrics); err != nil {
-			nbdLn.Close()
+			closeAll()
 			ctlLn.Close()
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
 	}
 	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
-	d.wg.Add(2)
-	go func() { defer d.wg.Done(); d.server.Serve(nbdLn) }()
-	go func() { defer d.wg.Done(); d.http.Serve(ctlLn) }()
+	for _, ln := range nbdLns {
+		d.wg.Go(func() { d.server.Serve(ln) })
+	}
+	d.wg.Go(func() { d.http.Serve(ctlLn) })
 	d.log.Info("serving", "nbd", o.NBD, "control", o.Control, "initiator", o.InitiatorName)
 	for _, u := range urls {
 		d.addURL(u)

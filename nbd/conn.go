@@ -25,9 +25,11 @@ const (
 // into slots and submits them; replies are in reply.go.
 type conn struct {
 	c      net.Conn
+	in     net.Conn // c, or TLS over it
 	s      *Server
 	x      *export
-	vec    *sys.VecWriter
+	vec    vecWriter
+	agreed agreed
 	buf    []byte
 	r, w   int // unread bytes are buf[r:w]
 	plug   block.Plug
@@ -50,20 +52,26 @@ type slot struct {
 	req    block.Request
 	cookie uint64
 	data   bool // the reply carries req.Data
-	hdr    [proto.ReplyLen]byte
-	sent   int // bytes of the reply that the kernel took
+	hdr    [proto.MaxReplyHeader]byte
+	head   int    // bytes of hdr in use
+	tail   []byte // what follows header and data: an error text, extents
+	offset uint64 // as asked for
+	sent   int    // bytes of the reply that the kernel took
 }
 
 // transmit serves requests until the client leaves, then waits for what is in
 // flight: buffers never go back while the device holds them.
 func (s *Server) transmit(cn *conn, x *export) {
-	rc, err := sys.RawConn(cn.c)
-	if err != nil {
-		s.cfg.Logger.Error("NBD connection refused", "error", err)
-		return
-	}
 	n := s.cfg.MaxRequests
-	cn.s, cn.x, cn.vec = s, x, sys.NewVecWriter(rc)
+	cn.s, cn.x, cn.in = s, x, cn.c
+	if cn.agreed.tls != nil {
+		cn.in = cn.agreed.tls
+	}
+	if rc, err := sys.RawConn(cn.in); err == nil {
+		cn.vec = sys.NewVecWriter(rc)
+	} else {
+		cn.vec = parkedWriter{cn.in}
+	}
 	cn.buf = make([]byte, headerBuffer)
 	cn.slots, cn.free = make([]slot, n), make([]uint16, 0, n)
 	cn.pend, cn.cur = make([]uint16, 0, n), make([]uint16, 0, n)
@@ -98,6 +106,27 @@ func (s *Server) transmit(cn *conn, x *export) {
 	writer.Wait()
 }
 
+// vecWriter hands buffers to the connection; see sys.VecWriter.
+type vecWriter interface {
+	Write(bufs [][]byte, park bool) (int, error)
+}
+
+// parkedWriter serves connections without a file descriptor of their own, TLS
+// above all: only the parked writer goroutine may wait.
+type parkedWriter struct{ c net.Conn }
+
+func (w parkedWriter) Write(bufs [][]byte, park bool) (int, error) {
+	if !park {
+		return 0, sys.ErrWouldBlock
+	}
+	for _, b := range bufs {
+		if len(b) > 0 {
+			return w.c.Write(b)
+		}
+	}
+	return 0, nil
+}
+
 var errDisc = errors.New("client disconnected")
 
 // fill reads once; everything plugged goes out first, because this may wait.
@@ -109,7 +138,7 @@ func (cn *conn) fill(into []byte) (int, error) {
 	if busy {
 		sys.Yield()
 	}
-	n, err := cn.c.Read(into)
+	n, err := cn.in.Read(into)
 	if n > 0 {
 		return n, nil
 	}
@@ -143,7 +172,12 @@ func (cn *conn) next() error {
 	if rq.Type == proto.CmdDisc {
 		return errDisc
 	}
-	e := proto.Validate(rq, *cn.x.limits.Load())
+	l := *cn.x.limits.Load()
+	if cn.agreed.structured {
+		l.Flags |= proto.SendDF
+		l.Status = cn.agreed.contexts != [contextCount]bool{}
+	}
+	e := proto.Validate(rq, l)
 	if e != proto.OK && rq.Type == proto.CmdWrite {
 		if rq.Length > 2*proto.MaxPayload {
 			return errors.New("write far beyond the maximum payload")
@@ -154,7 +188,7 @@ func (cn *conn) next() error {
 	}
 	idx := cn.slot()
 	sl := &cn.slots[idx]
-	sl.cookie, sl.sent, sl.data = rq.Cookie, 0, false
+	sl.cookie, sl.sent, sl.data, sl.tail, sl.offset = rq.Cookie, 0, false, nil, rq.Offset
 	sl.req = block.Request{Owner: cn, Tag: uint64(idx), Off: int64(rq.Offset), Len: int64(rq.Length)}
 	if rq.Flags&proto.CmdFlagFUA != 0 {
 		sl.req.Flags |= block.FUA
@@ -162,11 +196,17 @@ func (cn *conn) next() error {
 	if rq.Flags&proto.CmdFlagNoHole != 0 {
 		sl.req.Flags |= block.NoUnmap
 	}
+	if rq.Flags&proto.CmdFlagFastZero != 0 {
+		sl.req.Flags |= block.FastZero
+	}
 	if e != proto.OK || rq.Type == proto.CmdCache || rq.Length == 0 && rq.Type != proto.CmdFlush {
 		cn.answer(uint16(idx), e, &cn.plug)
 		return nil
 	}
 	switch rq.Type {
+	case proto.CmdBlockStatus:
+		go cn.blockStatus(uint16(idx), rq)
+		return nil
 	case proto.CmdRead:
 		sl.req.Op, sl.data = block.Read, true
 	case proto.CmdWrite:

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -18,51 +19,82 @@ const (
 
 var be = binary.BigEndian
 
+// agreed is what a handshake settled besides the export.
+type agreed struct {
+	tls        net.Conn // nil without TLS
+	structured bool
+	contexts   [contextCount]bool // of metaContexts, negotiated
+	of         *export            // the export they are for
+}
+
 // handshake negotiates (proto.md, "Fixed newstyle negotiation") and returns
 // the chosen export, or nil when the client left in peace.
-func (s *Server) handshake(c net.Conn) (_ *export, err error) {
+func (s *Server) handshake(c net.Conn) (_ *export, a agreed, err error) {
 	var b [18]byte
 	be.PutUint64(b[0:], proto.Magic)
 	be.PutUint64(b[8:], proto.OptionMagic)
 	be.PutUint16(b[16:], proto.FlagFixedNewstyle|proto.FlagNoZeroes)
 	if _, err := c.Write(b[:]); err != nil {
-		return nil, err
+		return nil, a, err
 	}
 	if _, err := io.ReadFull(c, b[:4]); err != nil {
-		return nil, err
+		return nil, a, err
 	}
 	flags := be.Uint32(b[:])
 	if flags&^uint32(proto.FlagFixedNewstyle|proto.FlagNoZeroes) != 0 {
-		return nil, fmt.Errorf("unknown client flags %#x", flags)
+		return nil, a, fmt.Errorf("unknown client flags %#x", flags)
 	}
 	for range maxOptions {
 		if _, err := io.ReadFull(c, b[:16]); err != nil {
 			if err == io.EOF {
-				return nil, nil
+				return nil, a, nil
 			}
-			return nil, err
+			return nil, a, err
 		}
 		opt, n := be.Uint32(b[8:]), be.Uint32(b[12:])
 		if be.Uint64(b[:]) != proto.OptionMagic || n > maxOption {
-			return nil, errors.New("bad option header")
+			return nil, a, errors.New("bad option header")
 		}
 		data := make([]byte, n)
 		if _, err := io.ReadFull(c, data); err != nil {
-			return nil, err
+			return nil, a, err
 		}
 		if n == 0 && opt == proto.OptGo {
 			if data, err = goWithoutLength(c); err != nil {
-				return nil, err
+				return nil, a, err
 			}
 		}
 		// Options from a client that did not announce fixed newstyle are answered
 		// all the same: go-nbd announces nothing and uses GO.
-		x, done, err := s.option(c, opt, data, flags)
+		if opt == proto.OptStartTLS && s.cfg.TLS != nil && a.tls == nil && n == 0 {
+			if err := reply(c, opt, proto.RepAck, nil); err != nil {
+				return nil, a, err
+			}
+			t := tls.Server(c, s.cfg.TLS)
+			if err := t.Handshake(); err != nil {
+				return nil, a, fmt.Errorf("TLS: %w", err)
+			}
+			c, a = t, agreed{tls: t} // all that was agreed in the clear is void
+			continue
+		}
+		if _, tcp := c.RemoteAddr().(*net.TCPAddr); s.cfg.TLSRequired && a.tls == nil && tcp && opt != proto.OptAbort {
+			if opt == proto.OptExportName {
+				return nil, a, errors.New("EXPORT_NAME before TLS")
+			}
+			if err := reply(c, opt, proto.RepErrTLSReqd, []byte("this server wants TLS")); err != nil {
+				return nil, a, err
+			}
+			continue
+		}
+		x, done, err := s.option(c, opt, data, flags, &a)
 		if err != nil || done {
-			return x, err
+			if x != a.of { // contexts were for another export
+				a.contexts = [contextCount]bool{}
+			}
+			return x, a, err
 		}
 	}
-	return nil, errors.New("too many options")
+	return nil, a, errors.New("too many options")
 }
 
 // goWithoutLength reads the data of a GO whose header says that there is none.
@@ -98,7 +130,7 @@ func reply(c net.Conn, opt, typ uint32, data []byte) error {
 	return err
 }
 
-func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32) (x *export, done bool, err error) {
+func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32, a *agreed) (x *export, done bool, err error) {
 	switch opt {
 	case proto.OptExportName:
 		if x = s.find(string(data)); x == nil {
@@ -106,7 +138,7 @@ func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32) (x *e
 		}
 		b := make([]byte, 10+124)
 		be.PutUint64(b, uint64(x.limits.Load().Size))
-		be.PutUint16(b[8:], x.limits.Load().Flags)
+		be.PutUint16(b[8:], a.flags(x))
 		if flags&uint32(proto.FlagNoZeroes) != 0 {
 			b = b[:10]
 		}
@@ -127,14 +159,33 @@ func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32) (x *e
 		}
 		return nil, false, reply(c, opt, proto.RepAck, nil)
 	case proto.OptInfo, proto.OptGo:
-		x, err = s.info(c, opt, data)
+		x, err = s.info(c, opt, data, a)
 		return x, err != nil || x != nil && opt == proto.OptGo, err
+	}
+	switch opt {
+	case proto.OptStructuredReply:
+		if len(data) != 0 {
+			return nil, false, reply(c, opt, proto.RepErrInvalid, nil)
+		}
+		a.structured = true
+		return nil, false, reply(c, opt, proto.RepAck, nil)
+	case proto.OptListMetaContext, proto.OptSetMetaContext:
+		return nil, false, s.metaContext(c, opt, data, a)
 	}
 	return nil, false, reply(c, opt, proto.RepErrUnsup, nil)
 }
 
+// flags are the transmission flags for this client.
+func (a *agreed) flags(x *export) uint16 {
+	f := x.limits.Load().Flags
+	if a.structured {
+		f |= proto.SendDF
+	}
+	return f
+}
+
 // info answers INFO and GO; x is nil when the option failed in peace.
-func (s *Server) info(c net.Conn, opt uint32, data []byte) (*export, error) {
+func (s *Server) info(c net.Conn, opt uint32, data []byte, a *agreed) (*export, error) {
 	if len(data) < 6 {
 		return nil, reply(c, opt, proto.RepErrInvalid, nil)
 	}
@@ -168,7 +219,7 @@ func (s *Server) info(c net.Conn, opt uint32, data []byte) (*export, error) {
 		}
 		return reply(c, opt, proto.RepInfo, b)
 	}
-	if err := send(proto.InfoExport, uint64(x.limits.Load().Size), x.limits.Load().Flags); err != nil {
+	if err := send(proto.InfoExport, uint64(x.limits.Load().Size), a.flags(x)); err != nil {
 		return nil, err
 	}
 	preferred := max(4096, g.PhysicalBlock, g.BlockSize)

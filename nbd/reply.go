@@ -35,7 +35,46 @@ func (cn *conn) answer(idx uint16, e proto.Errno, p *block.Plug) {
 	if e != proto.OK {
 		sl.data = false
 	}
-	proto.PutReply(sl.hdr[:], e, sl.cookie)
+	n := proto.ReplyLen
+	switch {
+	case !cn.agreed.structured:
+		proto.PutReply(sl.hdr[:], e, sl.cookie)
+	case e != proto.OK:
+		sl.tail = errorTails[e]
+		if sl.tail == nil {
+			sl.tail = errorTails[proto.EIO]
+		}
+		proto.PutChunk(sl.hdr[:], proto.ChunkError, sl.cookie, len(sl.tail))
+		n = proto.ChunkLen
+	case sl.data:
+		proto.PutChunk(sl.hdr[:], proto.ChunkOffsetData, sl.cookie, 8+len(sl.req.Data))
+		be.PutUint64(sl.hdr[proto.ChunkLen:], sl.offset)
+		n = proto.MaxReplyHeader
+	default:
+		proto.PutChunk(sl.hdr[:], proto.ChunkNone, sl.cookie, 0)
+		n = proto.ChunkLen
+	}
+	cn.list(idx, n, p)
+}
+
+// errorTails are the bodies of error chunks: number and text.
+var errorTails = func() map[proto.Errno][]byte {
+	m := map[proto.Errno][]byte{}
+	for e, text := range map[proto.Errno]string{
+		proto.EPERM: "not permitted: read-only, or reserved by another host", proto.EIO: "input/output error of the unit, or no path is left and the policy says fail",
+		proto.ENOMEM: "out of memory", proto.EINVAL: "invalid request: alignment, flags or end of the device", proto.ENOSPC: "no space left: beyond the end, or a thin pool is full",
+		proto.EOVERFLOW: "request longer than the maximum payload", proto.ENOTSUP: "not faster than writing zeroes", proto.ESHUTDOWN: "the server is shutting down"} {
+		b := be.AppendUint32(nil, uint32(e))
+		b = be.AppendUint16(b, uint16(len(text)))
+		m[e] = append(b, text...)
+	}
+	return m
+}()
+
+// list queues the reply of a slot whose header is n bytes of hdr.
+func (cn *conn) list(idx uint16, n int, p *block.Plug) {
+	sl := &cn.slots[idx]
+	sl.head = n
 	cn.mu.Lock()
 	if cn.dead {
 		cn.mu.Unlock()
@@ -102,26 +141,35 @@ func (cn *conn) send(park bool) bool {
 }
 
 func (sl *slot) size() int {
+	n := sl.head + len(sl.tail)
 	if sl.data {
-		return proto.ReplyLen + len(sl.req.Data)
+		n += len(sl.req.Data)
 	}
-	return proto.ReplyLen
+	return n
 }
 
 func (cn *conn) gather() {
 	iov := cn.iov[:0]
 	for _, idx := range cn.cur {
-		if len(iov)+2 > iovecs {
+		if len(iov)+3 > iovecs {
 			break
 		}
 		sl := &cn.slots[idx]
 		at := sl.sent
-		if at < proto.ReplyLen {
-			iov = append(iov, sl.hdr[at:])
-			at = proto.ReplyLen
+		if at < sl.head {
+			iov = append(iov, sl.hdr[at:sl.head])
+			at = sl.head
 		}
+		at -= sl.head
 		if sl.data {
-			iov = append(iov, sl.req.Data[at-proto.ReplyLen:])
+			if at < len(sl.req.Data) {
+				iov = append(iov, sl.req.Data[at:])
+				at = len(sl.req.Data)
+			}
+			at -= len(sl.req.Data)
+		}
+		if at < len(sl.tail) {
+			iov = append(iov, sl.tail[at:])
 		}
 	}
 	cn.iov = iov

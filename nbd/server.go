@@ -4,10 +4,13 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
+	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -22,7 +25,13 @@ type Config struct {
 	Logger         *slog.Logger
 	MaxConnections int // default 64
 	MaxRequests    int // in flight per connection, default 128
-	MaxBytes       int // of buffers for the whole server, default 40 MiB
+	// TLS, if set, is offered to clients; with TLSRequired clients that come over
+	// TCP get nothing before it. The kernel's own connections never use it.
+	TLS         *tls.Config
+	TLSRequired bool
+	// Allow, if not empty, are the networks from which TCP clients may come.
+	Allow    []netip.Prefix
+	MaxBytes int // of buffers for the whole server, default 40 MiB
 }
 
 // Export is a device under a name. Aliases name it too but are not listed.
@@ -73,12 +82,15 @@ func NewServer(c Config) *Server {
 // Flags are the transmission flags that describe a device: nothing is
 // announced that the device cannot do.
 func Flags(g block.Geometry) uint16 {
-	f := proto.HasFlags | proto.SendFlush | proto.SendFUA | proto.SendWriteZeroes | proto.CanMultiConn
+	f := proto.HasFlags | proto.SendCache | proto.SendFlush | proto.SendFUA | proto.SendWriteZeroes | proto.CanMultiConn
 	if g.ReadOnly {
 		f |= proto.ReadOnly
 	}
 	if g.Trim {
 		f |= proto.SendTrim
+	}
+	if g.FastZero {
+		f |= proto.SendFastZero
 	}
 	if g.Rotational {
 		f |= proto.Rotational
@@ -195,7 +207,11 @@ func (s *Server) ServeConn(c net.Conn) {
 	}
 	defer s.leave(cn)
 	c.SetDeadline(time.Now().Add(handshakeTime))
-	x, err := s.handshake(c)
+	if !s.welcome(c) {
+		s.cfg.Logger.Warn("NBD client refused: its address is not allowed", "client", c.RemoteAddr().String())
+		return
+	}
+	x, agreed, err := s.handshake(c)
 	if err != nil {
 		s.cfg.Logger.Debug("NBD handshake ended", "error", err)
 		return
@@ -204,7 +220,18 @@ func (s *Server) ServeConn(c net.Conn) {
 		return
 	}
 	c.SetDeadline(time.Time{})
+	cn.agreed = agreed
 	s.transmit(cn, x)
+}
+
+// welcome tells whether a client may come from its address.
+func (s *Server) welcome(c net.Conn) bool {
+	a, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok || len(s.cfg.Allow) == 0 {
+		return true
+	}
+	ip := a.AddrPort().Addr().Unmap()
+	return slices.ContainsFunc(s.cfg.Allow, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
 // ServeTransmission serves one export to a client that needs no handshake: the

@@ -243,7 +243,7 @@ func TestGoTellsSizeFlagsAndBlockSizes(t *testing.T) {
 		}
 		require.EqualValues(t, 64<<20, be.Uint64(infos[proto.InfoExport]))
 		flags := be.Uint16(infos[proto.InfoExport][8:])
-		require.Equal(t, proto.HasFlags|proto.SendFlush|proto.SendFUA|proto.SendTrim|proto.SendWriteZeroes|proto.CanMultiConn, flags)
+		require.Equal(t, proto.HasFlags|proto.SendCache|proto.SendFlush|proto.SendFUA|proto.SendTrim|proto.SendWriteZeroes|proto.CanMultiConn, flags)
 		require.Equal(t, []uint32{512, 4096, proto.MaxPayload}, []uint32{be.Uint32(infos[proto.InfoBlockSize]), be.Uint32(infos[proto.InfoBlockSize][4:]), be.Uint32(infos[proto.InfoBlockSize][8:])})
 		require.Equal(t, "disk", string(infos[proto.InfoName]))
 		require.Equal(t, "FAKE DISK", string(infos[proto.InfoDescription]))

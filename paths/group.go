@@ -96,6 +96,7 @@ type Group struct {
 	zeroes []byte // source of written zeroes, never modified
 	maxIO  int64  // bytes per command
 
+	noStatus        atomic.Bool // the unit does not know GET LBA STATUS
 	noUnmap, noSame atomic.Bool // the unit turned out not to know these
 	table           atomic.Pointer[table]
 	everyPath       atomic.Pointer[[]*Path]
@@ -254,7 +255,7 @@ func (g *Group) Geometry() block.Geometry {
 	l := g.lu()
 	return block.Geometry{
 		Size: l.Size(), BlockSize: l.BlockSize, PhysicalBlock: l.PhysicalBlock, OptimalIO: int(l.OptTransfer) * l.BlockSize,
-		ReadOnly: l.ReadOnly, Rotational: l.Rotational, Trim: l.Unmap, WriteCache: l.WriteCache,
+		ReadOnly: l.ReadOnly, Rotational: l.Rotational, Trim: l.Unmap, FastZero: l.Unmap && l.Zeroes && !g.noSame.Load(), WriteCache: l.WriteCache,
 	}
 }
 

@@ -37,6 +37,10 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 		g.finish(r, nil, p)
 		return true
 	}
+	if r.Flags&block.FastZero != 0 && r.Op == block.WriteZeroes && (g.noSame.Load() || !g.lu().Unmap || !g.lu().Zeroes || r.Flags&block.NoUnmap != 0) {
+		g.finish(r, block.ErrNotSup, p)
+		return true
+	}
 	t := g.table.Load()
 	if r.Op == block.Flush || r.Route.State&stateSynced != 0 {
 		return g.startFlush(r, t, p)

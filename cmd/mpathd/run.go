@@ -29,6 +29,7 @@ const (
 
 func runCommand() *cobra.Command {
 	o := daemon.Options{}
+	var nbdTLS tlsFiles
 	var attachTo, failback, retry, fence, file string
 	var effective atomic.Pointer[config.Config]
 	c := &cobra.Command{Use: "run [flags] [PATH-URL ...]", Short: "log in, make maps, export them", Args: args(cobra.ArbitraryArgs),
@@ -90,6 +91,7 @@ func runCommand() *cobra.Command {
 						report(c)
 						return fmt.Errorf("%w: %s", errConfig, c.Errors[0])
 					}
+					nbdTLS.configured(c.NBD, cmd.Flags().Changed)
 					if err := configure(o, c, cmd.Flags().Changed, attach); err != nil {
 						return fmt.Errorf("configuration %s: %w", file, err)
 					}
@@ -106,6 +108,9 @@ func runCommand() *cobra.Command {
 					}
 					return daemon.Reloaded{Targets: again.Targets, Discover: again.Discover, Resolve: again.Resolve}, nil
 				}
+			}
+			if err := nbdTLS.apply(&o); err != nil {
+				return err
 			}
 			if len(urls) == 0 && len(o.Targets) == 0 && len(o.Discover) == 0 {
 				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
@@ -154,7 +159,12 @@ func runCommand() *cobra.Command {
 		}}
 	f := c.Flags()
 	f.StringVar(&file, "config", "", "configuration (default, without PATH-URLs: /etc/mpathd.conf, else /etc/multipath.conf)")
-	f.StringVar(&o.NBD, "nbd", defaultNBD, "where NBD clients connect: unix:PATH or tcp:HOST:PORT")
+	f.StringVar(&o.NBD, "nbd", defaultNBD, "where NBD clients connect: unix:PATH or tcp:HOST:PORT, several with commas")
+	f.StringVar(&nbdTLS.Cert, "nbd-tls-cert", "", "certificate of the NBD server, PEM")
+	f.StringVar(&nbdTLS.Key, "nbd-tls-key", "", "its key, PEM, readable by its owner alone")
+	f.StringVar(&nbdTLS.CA, "nbd-tls-ca", "", "NBD clients must show a certificate of this CA, PEM")
+	f.BoolVar(&nbdTLS.Optional, "nbd-tls-optional", false, "let TCP clients go on without TLS")
+	f.StringSliceVar(&nbdTLS.Allow, "nbd-allow", nil, "networks from which NBD clients may come over TCP, like 10.0.0.0/8")
 	f.StringVar(&o.Control, "control", defaultControl, "control socket")
 	f.StringVar(&attachTo, "attach", "auto", "kernel device: auto, none or /dev/nbdX")
 	f.StringVar(&o.InitiatorName, "initiator", "", "initiator name (default: /etc/iscsi/initiatorname.iscsi, else generated once)")

@@ -21,13 +21,17 @@ const (
 	OptInfo            uint32 = 6
 	OptGo              uint32 = 7
 	OptStructuredReply uint32 = 8
+	OptListMetaContext uint32 = 9
+	OptSetMetaContext  uint32 = 10
 
 	RepAck         uint32 = 1
 	RepServer      uint32 = 2
 	RepInfo        uint32 = 3
+	RepMetaContext uint32 = 4
 	RepErrUnsup    uint32 = 1<<31 + 1
 	RepErrPolicy   uint32 = 1<<31 + 2
 	RepErrInvalid  uint32 = 1<<31 + 3
+	RepErrTLSReqd  uint32 = 1<<31 + 5
 	RepErrUnknown  uint32 = 1<<31 + 6
 	RepErrShutdown uint32 = 1<<31 + 7
 	RepErrTooBig   uint32 = 1<<31 + 9
@@ -47,7 +51,10 @@ const (
 	Rotational      uint16 = 1 << 4
 	SendTrim        uint16 = 1 << 5
 	SendWriteZeroes uint16 = 1 << 6
+	SendDF          uint16 = 1 << 7
 	CanMultiConn    uint16 = 1 << 8
+	SendCache       uint16 = 1 << 10
+	SendFastZero    uint16 = 1 << 11
 )
 
 // Transmission (proto.md, "Transmission").
@@ -64,9 +71,12 @@ const (
 	CmdTrim        uint16 = 4
 	CmdCache       uint16 = 5
 	CmdWriteZeroes uint16 = 6
+	CmdBlockStatus uint16 = 7
 
 	CmdFlagFUA      uint16 = 1 << 0
 	CmdFlagNoHole   uint16 = 1 << 1
+	CmdFlagDF       uint16 = 1 << 2
+	CmdFlagReqOne   uint16 = 1 << 3
 	CmdFlagFastZero uint16 = 1 << 4
 
 	// MaxPayload is the most data of one READ or WRITE, bytes.
@@ -74,6 +84,36 @@ const (
 	// MaxString is the longest export name, bytes.
 	MaxString = 4096
 )
+
+// Structured replies (proto.md, "Structured reply chunk message").
+const (
+	StructuredMagic uint32 = 0x668e33ef
+	ChunkLen               = 20 // header of a chunk
+	MaxReplyHeader         = ChunkLen + 8
+
+	ChunkDone uint16 = 1 // flag: the last chunk
+
+	ChunkNone        uint16 = 0
+	ChunkOffsetData  uint16 = 1
+	ChunkBlockStatus uint16 = 5
+	ChunkError       uint16 = 1<<15 + 1
+
+	// BaseAllocation is the context that tells where data is; its status bits follow.
+	BaseAllocation        = "base:allocation"
+	StateHole      uint32 = 1
+	StateZero      uint32 = 2
+)
+
+// PutChunk writes the header of the only chunk of a reply into b (ChunkLen
+// bytes); n is the length of what follows.
+func PutChunk(b []byte, typ uint16, cookie uint64, n int) {
+	be := binary.BigEndian
+	be.PutUint32(b, StructuredMagic)
+	be.PutUint16(b[4:], ChunkDone)
+	be.PutUint16(b[6:], typ)
+	be.PutUint64(b[8:], cookie)
+	be.PutUint32(b[16:], uint32(n))
+}
 
 // Errno is an NBD error value; the protocol fixes the numbers.
 type Errno uint32
@@ -132,6 +172,7 @@ type Limits struct {
 	Block    int    // smallest block, bytes
 	Flags    uint16 // transmission flags sent
 	MaxBytes int    // of one READ or WRITE
+	Status   bool   // the client negotiated a meta context
 }
 
 // Validate checks a request against its export: OK, or the error to answer
@@ -143,7 +184,16 @@ func Validate(r Request, l Limits) Errno {
 	}
 	write := false
 	switch r.Type {
-	case CmdRead, CmdCache:
+	case CmdRead:
+		if l.Flags&SendDF != 0 {
+			allowed |= CmdFlagDF
+		}
+	case CmdCache:
+	case CmdBlockStatus:
+		if !l.Status || r.Length == 0 {
+			return EINVAL
+		}
+		allowed |= CmdFlagReqOne
 	case CmdWrite:
 		write = true
 	case CmdFlush:
@@ -162,6 +212,9 @@ func Validate(r Request, l Limits) Errno {
 		}
 		write = true
 		allowed |= CmdFlagNoHole
+		if l.Flags&SendFastZero != 0 {
+			allowed |= CmdFlagFastZero
+		}
 	default:
 		return EINVAL
 	}
@@ -181,7 +234,7 @@ func Validate(r Request, l Limits) Errno {
 		return EINVAL
 	}
 	mask := uint64(l.Block - 1)
-	if r.Type == CmdRead || r.Type == CmdWrite || r.Type == CmdWriteZeroes {
+	if r.Type == CmdRead || r.Type == CmdWrite || r.Type == CmdWriteZeroes || r.Type == CmdBlockStatus {
 		if (r.Offset|uint64(r.Length))&mask != 0 {
 			return EINVAL
 		}
