@@ -36,7 +36,7 @@ ghost: deps
 # Random scripts of faults over simulated sessions in fake time.
 SIM_SCRIPTS ?= 20000
 sim:
-	$(GO) test -v -count=1 -timeout 3600s -run 'LateWrites|ScriptsFind' ./paths -scripts $(SIM_SCRIPTS)
+	$(GO) test -v -count=1 -timeout 3600s -run 'LateWrites|ScriptsFind|Simulation' ./paths -scripts $(SIM_SCRIPTS)
 
 lab: deps
 	$(GO) test -v -count=1 -timeout 540s ./internal/lab

@@ -144,6 +144,13 @@ func (f *fake) Abort(cause error) {
 		var p block.Plug
 		for _, c := range lost {
 			c.Result.Err = initiator.ErrSessionLost
+			if c.CDB[0] == 0x93 {
+				c.Result.Delivery = initiator.Sent
+				n := int(binary.BigEndian.Uint32(c.CDB[10:]))
+				f.door.mu.Lock()
+				f.door.ghosts = append(f.door.ghosts, ghost{binary.BigEndian.Uint64(c.CDB[2:]), bytes.Repeat(c.Data, n)})
+				f.door.mu.Unlock()
+			}
 			if c.CDB[0] == 0x8a {
 				c.Result.Delivery = initiator.Sent
 				f.door.mu.Lock()
