@@ -1,7 +1,7 @@
 GO ?= go
 PACKAGES = ./...
 
-.PHONY: build demo test bench lab fuzz ghost sim lint deps
+.PHONY: build demo test bench lab fuzz ghost sim conformance lint deps
 
 build:
 	$(GO) build -o mpathd ./cmd/mpathd
@@ -37,6 +37,10 @@ ghost: deps
 SIM_SCRIPTS ?= 20000
 sim:
 	$(GO) test -v -count=1 -timeout 3600s -run 'LateWrites|ScriptsFind|Simulation' ./paths -scripts $(SIM_SCRIPTS)
+
+# Cases of RFC 7143 that a scripted target plays; writes docs/conformance.md.
+conformance:
+	$(GO) test -count=1 -run Conformance ./initiator -conformance $(CURDIR)/docs/conformance.md
 
 lab: deps
 	$(GO) test -v -count=1 -timeout 540s ./internal/lab

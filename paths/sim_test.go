@@ -5,6 +5,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -56,6 +57,7 @@ type simRequest struct {
 }
 
 type sim struct {
+	mu      sync.Mutex // of all below: requests complete on many goroutines
 	g       *Group
 	doors   []*door
 	clock   int64
@@ -71,6 +73,8 @@ func (s *sim) tick() int64 { s.clock++; return s.clock }
 
 // Complete books a request (block.Completer).
 func (s *sim) Complete(r *block.Request, _ *block.Plug) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	q := s.all[r.Tag]
 	if !q.busy {
 		s.err = fmt.Errorf("%v at %d completed twice", r.Op, r.Off)
@@ -112,9 +116,11 @@ func (s *sim) Complete(r *block.Request, _ *block.Plug) {
 // submit sends a request of one or two blocks.
 func (s *sim) submit(op block.Op, at, n int) {
 	n = min(n, simBlocks-at)
+	s.mu.Lock()
 	i := slices.IndexFunc(s.all, func(q *simRequest) bool { return !q.busy })
 	if i < 0 {
 		if len(s.all) == 4 || s.dense && len(s.all) == 2 {
+			s.mu.Unlock()
 			return
 		}
 		i = len(s.all)
@@ -136,6 +142,7 @@ func (s *sim) submit(op block.Op, at, n int) {
 	case block.Flush:
 		q.Off, q.Len = 0, 0
 	}
+	s.mu.Unlock()
 	submit(s.g, &q.Request)
 }
 
@@ -169,6 +176,8 @@ func simulate(t *testing.T, seed uint64, policy, protection string, omit rule) (
 			time.Sleep(100 * time.Millisecond)
 			synctest.Wait()
 		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		for _, q := range s.all {
 			if q.busy {
 				err = fmt.Errorf("%v at %d never completed", q.Op, q.Off)
@@ -212,7 +221,9 @@ func (s *sim) step(r *rand.Rand) {
 			o = "good"
 		}
 		if o == "medium" {
+			s.mu.Lock()
 			s.faults[f.pending()[k].Owner.(*attempt).req] = true
+			s.mu.Unlock()
 		}
 		f.end(k, o)
 	case 10:
