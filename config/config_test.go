@@ -59,6 +59,7 @@ func TestSilentLossesAreErrors(t *testing.T) {
 		{"text behind a closing brace", "defaults {\n} blacklist {\n", "f:2: nothing may follow `}`"},
 		{"stray closing brace", "}\n", "f:1: `}` closes nothing"},
 		{"section not closed", "defaults {\n", "f:1: the section defaults is not closed"},
+		{"unknown section not closed", "junk {\ndefaults {\n}\n", "f:1: the section junk is not closed"},
 		{"not a number", "defaults {\n polling_interval often\n}\n", `f:2: polling_interval: "often" is no number`},
 		{"negative number", "defaults {\n polling_interval -1\n}\n", "f:2: polling_interval: -1 is out of range"},
 		{"number out of range", "defaults {\n max_polling_interval 99999999999999999999\n}\n", "f:2: max_polling_interval:"},

@@ -64,12 +64,13 @@ type block struct {
 }
 
 type parser struct {
-	c     *Config
-	file  string
-	line  int
-	src   string
-	stack []block
-	skip  int // depth of an unknown section
+	c       *Config
+	file    string
+	line    int
+	src     string
+	stack   []block
+	skip    int   // depth of an unknown section
+	skipped block // that section
 }
 
 // Load reads the configuration of a host: the file, and for one named
@@ -134,6 +135,9 @@ func (c *Config) parse(name, text string) {
 			continue
 		}
 		p.one(strings.ReplaceAll(p.src, "\r", " "))
+	}
+	if p.skip > 0 { // it has swallowed the rest of the file
+		p.stack = append(p.stack, p.skipped)
 	}
 	for _, b := range p.stack {
 		c.Errors = append(c.Errors, &Diagnostic{Pos: b.pos, Text: "the section " + b.name + " is not closed: add a line with `}`", Source: b.src})
@@ -233,6 +237,7 @@ func (p *parser) open(t token) {
 		b.into = c.NBD
 	default:
 		p.skip = 1
+		p.skipped = block{name: t.text, pos: Pos{p.file, p.line, t.col}, src: p.src}
 		if parent == "" {
 			parent = "the top level"
 		}

@@ -121,6 +121,7 @@ type Group struct {
 	switched      *Path // a path of the group that the operator switched to
 	begun         time.Time
 	activating    bool        // an explicit transition is under way: I/O waits
+	patience      *time.Timer // see premature
 	failback      *time.Timer // end of the wait for FailbackAfter
 	failbackDue   bool
 	groupSwitches int64
@@ -374,8 +375,9 @@ func (g *Group) publish() {
 	usable := func(p *Path) bool { return slices.Contains(t.all, p) }
 	came := func(p *Path) bool { return usable(p) && !slices.Contains(before, p) }
 	if to := g.choose(g.grouping(usable), usable, came); to != nil {
-		g.enter(to, usable)
-		if !g.activating {
+		wait := g.premature(to)
+		g.enter(to, usable, wait)
+		if !g.activating && !wait {
 			t.paths = servers(to, usable)
 		}
 	}
@@ -601,6 +603,9 @@ func (g *Group) Close(ctx context.Context) {
 		g.giveUpFlush.Stop()
 	}
 	g.stopFailback()
+	if g.patience != nil {
+		g.patience.Stop()
+	}
 	for _, p := range g.paths {
 		close(p.quit)
 	}

@@ -265,6 +265,27 @@ func (g *Group) needsActivation(pg *pathGroup) bool {
 	return !slices.ContainsFunc(pg.paths, func(p *Path) bool { return p.activated })
 }
 
+// premature tells that a transition should wait: the map is just coming up, and
+// a path that is still to come may lead to the group that serves already.
+// Caller holds mu.
+func (g *Group) premature(to *pathGroup) bool {
+	left := transitionWait - time.Since(g.begun)
+	if left <= 0 || !g.needsActivation(to) || !slices.ContainsFunc(g.paths, func(p *Path) bool { return !p.seen && !p.failedByHand }) {
+		return false
+	}
+	if g.patience == nil {
+		g.patience = time.AfterFunc(left, func() {
+			g.mu.Lock()
+			g.publish()
+			g.mu.Unlock()
+			g.restart()
+		})
+	}
+	return true
+}
+
+const transitionWait = 3 * time.Second
+
 // activate makes a port group optimal through one of its paths, then publishes.
 // I/O waits in the queue meanwhile.
 func (g *Group) activate(p *Path, s Session) {
@@ -290,7 +311,7 @@ func (g *Group) activate(p *Path, s Session) {
 
 // enter makes a group the one in use, and begins an explicit transition if it
 // needs one. Caller holds mu.
-func (g *Group) enter(to *pathGroup, usable func(*Path) bool) {
+func (g *Group) enter(to *pathGroup, usable func(*Path) bool, wait bool) {
 	if was := g.active; was == nil || !slices.Contains(to.paths, was) || !usable(was) {
 		g.active = to.paths[slices.IndexFunc(to.paths, usable)]
 		if was != nil && !slices.Contains(to.paths, was) {
@@ -303,7 +324,7 @@ func (g *Group) enter(to *pathGroup, usable func(*Path) bool) {
 			}
 		}
 	}
-	if !g.activating && g.needsActivation(to) && g.active.session != nil {
+	if !wait && !g.activating && g.needsActivation(to) && g.active.session != nil {
 		g.active.activated, g.activating = true, true
 		g.routines.Add(1)
 		go g.activate(g.active, g.active.session)

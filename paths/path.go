@@ -60,6 +60,7 @@ type Path struct {
 	access       int            // asymmetric access state, accessUnknown without
 	activated    bool           // an explicit transition was tried since this group was chosen
 	delayed      bool           // logged in, but kept for when nothing else is left
+	seen         bool           // was up once
 	serial       string
 	blocks       uint64 // capacity as last seen through this path
 	portGroup    int
@@ -312,7 +313,7 @@ func (p *Path) serve() (time.Duration, error) {
 		case <-s.Done():
 		default:
 			p.current.Store(&sessionBox{s})
-			p.up = true
+			p.up, p.seen = true, true
 			p.lastError = ""
 			p.g.log.Info("path is up", "path", p.Name)
 		}
