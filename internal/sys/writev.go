@@ -4,6 +4,7 @@ package sys
 
 import (
 	"errors"
+	"net"
 	"syscall"
 	"unsafe"
 )
@@ -27,7 +28,7 @@ type VecWriter struct {
 
 // NewVecWriter returns a writer on the connection behind rc.
 func NewVecWriter(rc syscall.RawConn) *VecWriter {
-	w := &VecWriter{rc: rc, iov: make([]syscall.Iovec, 0, MaxIovecs)}
+	w := &VecWriter{rc: rc}
 	w.once = w.call
 	return w
 }
@@ -79,4 +80,27 @@ func (w *VecWriter) Write(bufs [][]byte, park bool) (int, error) {
 		return 0, w.errn
 	}
 	return w.n, nil
+}
+
+// Writer is what a connection writes with: a VecWriter, or a ParkedWriter where
+// the connection has no file descriptor of its own.
+type Writer interface {
+	Write(bufs [][]byte, park bool) (int, error)
+}
+
+// ParkedWriter writes to connections that the kernel does not take buffers of,
+// TLS above all: nothing is ever taken without waiting.
+type ParkedWriter struct{ net.Conn }
+
+// Write hands over the first of bufs that is not empty; see VecWriter.Write.
+func (w ParkedWriter) Write(bufs [][]byte, park bool) (int, error) {
+	if !park {
+		return 0, ErrWouldBlock
+	}
+	for _, b := range bufs {
+		if len(b) > 0 {
+			return w.Conn.Write(b)
+		}
+	}
+	return 0, nil
 }
