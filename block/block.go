@@ -61,6 +61,9 @@ type Request struct {
 	Off, Len int64
 	// Data is Len bytes for Read (filled by the device) and Write, else nil.
 	Data []byte
+	// Arena, if set, is where Data of a Read came from: the device may put another
+	// buffer of it in Data's place, and keep the one that it was given.
+	Arena *Arena
 	// Owner is told when the request is done; Tag is the owner's own index.
 	Owner Completer
 	Tag   uint64
@@ -75,8 +78,9 @@ type Route struct {
 	Next    *Request // link in the one queue the request waits in
 	Start   int64    // monotonic ns at first submission
 	Pos     int64    // bytes of Len already handed to attempts
-	Pending int32    // attempts in flight
+	Losses  uint32   // sessions that the device had lost when the first command went out
 	Tries   int32    // failed attempts so far
+	Refused int32    // of those, the ones that count against a limit
 	State   uint32   // the device's own state bits
 }
 
@@ -131,6 +135,9 @@ var (
 	ErrOutOfRange  = errors.New("request beyond the end of the device")
 	ErrNotSup      = errors.New("operation not supported")
 	ErrReservation = errors.New("reservation conflict")
+	ErrTarget      = errors.New("the logical unit refuses or cannot do this")
+	ErrIntegrity   = errors.New("protection information does not match the data")
+	ErrTimeLimit   = errors.New("the logical unit gave the command up: its time was over")
 	ErrNoPath      = errors.New("no usable path")
 	ErrShutdown    = errors.New("device is shutting down")
 )
