@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/mpathd/mpathd/initiator"
@@ -21,6 +22,9 @@ const (
 	Ghost   State = "ghost"   // usable after a failover of the array
 	Pending State = "pending" // in transition: ask again soon
 	Timeout State = "timeout"
+	Shaky   State = "shaky" // busy with itself: not now
+	// Disconnected: the target says that there is no such unit.
+	Disconnected State = "disconnected"
 )
 
 // Verdict is the outcome of one check.
@@ -54,9 +58,18 @@ func New(name string) (Checker, error) {
 		return reader{"directio", 4096}, nil
 	case "none":
 		return none{}, nil
+	case "rdac":
+		return rdac{}, nil
+	case "emc_clariion":
+		return &clariion{}, nil
+	case "hp_sw":
+		return hpSW{}, nil
 	}
-	return nil, fmt.Errorf("path_checker %q: want tur, readsector0, directio or none", name)
+	return nil, fmt.Errorf("path_checker %q: want %s", name, strings.Join(Names, ", "))
 }
+
+// Names are the checkers that New knows.
+var Names = []string{"tur", "readsector0", "directio", "none", "rdac", "emc_clariion", "hp_sw"}
 
 // TUR asks without touching the medium.
 var TUR Checker = tur{}
@@ -101,6 +114,8 @@ func verdict(ctx context.Context, err error) Verdict {
 			return Verdict{Ghost, err}
 		case s.Key == scsi.KeyNotReady && s.ASC == 4 && s.ASCQ == 0x0a:
 			return Verdict{Pending, err}
+		case s.Key == scsi.KeyIllegalRequest && s.ASC == 0x25 && s.ASCQ == 0:
+			return Verdict{Disconnected, err}
 		}
 	} else if ctx.Err() != nil {
 		return Verdict{Timeout, err}

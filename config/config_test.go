@@ -55,6 +55,11 @@ func TestReferenceConfiguration(t *testing.T) {
 func TestSilentLossesAreErrors(t *testing.T) {
 	for _, c := range []struct{ what, text, want string }{
 		{"brace on the next line", "defaults\n{\n polling_interval 5\n}\n", "f:1: `{` is missing behind defaults"},
+		{"two values in a section of our own", "initiator {\n name iqn.a:b iqn.c:d\n}\n", "f:2: only one value is read"},
+		{"keyword without value in a section on one line", "nbd { listen }\n", "f:1: listen has no value"},
+		{"text behind a section on one line", "nbd { attach auto } x\n", "f:1: nothing may follow `}`"},
+		{"section of our own not closed", "nbd { attach auto\n", "the section nbd is not closed"},
+		{"brace alone in a section of our own", "nbd { {\n", "f:1: `{` belongs behind"},
 		{"section on one line", "defaults { user_friendly_names yes }\n", "f:1: nothing may follow `{`"},
 		{"text behind a closing brace", "defaults {\n} blacklist {\n", "f:2: nothing may follow `}`"},
 		{"stray closing brace", "}\n", "f:1: `}` closes nothing"},
@@ -72,7 +77,7 @@ func TestSilentLossesAreErrors(t *testing.T) {
 		{"typo in a new section", "initiator {\n nmae iqn.a:b\n}\n", `is "name" meant?`},
 		{"wrong url", "initiator {\n target http://x\n}\n", "f:2: target: path URL"},
 		{"time without unit", "initiator {\n failover_time 1\n}\n", "has no unit"},
-		{"ghost protection", "defaults {\n ghost_protection maybe\n}\n", "want hold, strict, off"},
+		{"ghost protection", "defaults {\n ghost_protection maybe\n}\n", "want hold, strict, shadow, off"},
 		{"two maps on one device", "multipaths {\n multipath {\n wwid a\n nbd_device /dev/nbd0\n }\n multipath {\n wwid b\n nbd_device /dev/nbd0\n }\n}\n", "is given to both"},
 		{"multipath without wwid", "multipaths {\n multipath {\n alias x\n }\n}\n", "has no wwid"},
 	} {
@@ -89,6 +94,31 @@ func TestGrammar(t *testing.T) {
 	require.Equal(t, `a "b"`, c.Defaults["alias_prefix"])
 	require.Equal(t, "X#1", c.Blacklist.Device[0]["vendor"])
 	require.Equal(t, []string{"!^sd"}, c.Blacklist.Devnode)
+}
+
+// The sections of our own may be written on one line, and several settings too.
+func TestOwnSectionsOnOneLine(t *testing.T) {
+	c := Parse("f", `initiator { discover 192.0.2.1 failover_time 2s
+ target { url iscsi://192.0.2.1/iqn.a:b chap_user joe chap_secret_file /etc/joe }
+ target {
+  url iscsi://192.0.2.2/iqn.a:c
+  chap_user jim   chap_secret_file /etc/jim } # both
+ target iscsi://192.0.2.3/iqn.a:d header_digest crc32c
+}
+nbd { listen unix:/run/mpathd/nbd.sock    attach auto }
+defaults {
+}
+`)
+	require.Empty(t, errorsOf(c))
+	require.Empty(t, c.Warnings)
+	require.Equal(t, []string{"192.0.2.1"}, c.Initiator.Discover)
+	require.Equal(t, Section{"failover_time": "2s", "header_digest": "crc32c"}, c.Initiator.Settings)
+	require.Equal(t, []Section{
+		{"url": "iscsi://192.0.2.1/iqn.a:b", "chap_user": "joe", "chap_secret_file": "/etc/joe"},
+		{"url": "iscsi://192.0.2.2/iqn.a:c", "chap_user": "jim", "chap_secret_file": "/etc/jim"},
+		{"url": "iscsi://192.0.2.3/iqn.a:d"},
+	}, c.Initiator.Target)
+	require.Equal(t, Section{"listen": "unix:/run/mpathd/nbd.sock", "attach": "auto"}, c.NBD)
 }
 
 func TestUnknownWordsAreWarningsWithAHint(t *testing.T) {
@@ -211,4 +241,30 @@ func FuzzParse(f *testing.F) {
 		c.For(xensan)
 		c.Blacklisted(xensan)
 	})
+}
+
+func TestInitiatorKeywordsOfLogin(t *testing.T) {
+	c := Parse("f", "initiator {\n chap_user u\n chap_algs \"SHA256, md5\"\n chap_short_secrets yes\n header_digest \"crc32c,none\"\n data_digest none,crc32c\n redirect_allow \"10.0.0.0/8, 192.168.1.7\"\n}\n")
+	require.NoError(t, c.Err())
+	require.Equal(t, "crc32c,none", c.Initiator.Settings["header_digest"])
+	for line, say := range map[string]string{"chap_algs rot13": "SHA3-256, SHA256, SHA1, MD5", "header_digest sometimes": "want none, crc32c", "redirect_allow home": "want networks", "chap_short_secrets maybe": "want yes, no"} {
+		require.ErrorContains(t, Parse("f", "initiator {\n "+line+"\n}\n").Err(), say)
+	}
+}
+
+func TestEachListenerHasItsOwnAccess(t *testing.T) {
+	parse := func(text string) *Config { return Parse("f", text) }
+	c := parse("nbd {\n listen \"unix:/run/a.sock mode=0660 group=kvm\"\n listen \"tcp::10809 tls=required allow=10.0.0.0/8\"\n}\n")
+	require.Empty(t, c.Errors)
+	require.Equal(t, "unix:/run/a.sock mode=0660 group=kvm, tcp::10809 tls=required allow=10.0.0.0/8", c.NBD["listen"])
+	for text, want := range map[string]string{
+		"listen \"unix:/run/a.sock mode=0999\"":   "permissions in octal",
+		"listen \"tcp::10809 allow=10.0.0.0/99\"": "an address or a network",
+		"listen \"tcp::10809 tls=perhaps\"":       "tls=required|optional|off",
+		"allow \"10.0.0.0/8, nowhere\"":           "nowhere",
+	} {
+		c := parse("nbd {\n " + text + "\n}\n")
+		require.Len(t, c.Errors, 1, text)
+		require.Contains(t, c.Errors[0].Error(), want)
+	}
 }

@@ -6,7 +6,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
+
+	"github.com/mpathd/mpathd/checker"
+	"github.com/mpathd/mpathd/selector"
+	"github.com/mpathd/mpathd/selector/prio"
 )
 
 //go:embed hwtable.tsv
@@ -14,7 +19,7 @@ var hwtable string
 
 // builtin is the hardware table, in order: a later matching entry wins, option
 // by option.
-func builtin() (out []Section) {
+var builtin = sync.OnceValue(func() (out []Section) {
 	rows := strings.Split(strings.TrimSpace(hwtable), "\n")
 	head := strings.Split(rows[0], "\t")
 	for _, row := range rows[1:] {
@@ -23,20 +28,27 @@ func builtin() (out []Section) {
 			if v != "-" && v != "" && i < 8 {
 				d[strings.TrimSuffix(head[i], "_re")] = v
 			}
+			if v != "-" && head[i] == "other" {
+				for pair := range strings.SplitSeq(v, "; ") {
+					if k, x, ok := strings.Cut(pair, "="); ok && find(k, "V") != nil {
+						d[k] = strings.TrimSpace(x)
+					}
+				}
+			}
 		}
 		out = append(out, d)
 	}
 	return out
-}
-
-// prios are the prioritizers that selector/prio has.
-var prios = []string{"const", "alua", "sysfs", "weightedpath", "path_latency", "random", "iet", "ontap", "netapp", "datacore"}
+})
 
 // LU is what a configuration may look at.
 type LU struct {
 	WWID                      string
 	Synonyms                  []string
 	Vendor, Product, Revision string
+	ALUA                      bool   // it has asymmetric access states
+	Transport                 string // as `protocol` patterns spell it; empty: not known
+	Device                    string // name of the block device of a local path, without /dev/; empty: none
 }
 
 // Settings are those of one map.
@@ -51,21 +63,59 @@ type Settings struct {
 	WeightByPrio       bool
 	Selector           string
 	Checker            string
-	Failback           string // immediate, manual or followover
+	Failback           string // immediate, manual or followover; empty: as the number of servers asks for
 	FailbackAfter      time.Duration
 	NoPathRetry        int // -1 queue, 0 fail, N checks
 	PollingInterval    time.Duration
 	MaxPollingInterval time.Duration
 	CheckTimeout       time.Duration
 	Protection         string
+	ShadowLimit        int64 // bytes
+	FenceBy            string
 	FenceWait          time.Duration
+	GhostDelay         time.Duration // negative: none
 	Quarantine         time.Duration
 	FenceCommand       string
+	Waits              bool
 	Replicated         bool
 	MultibusServers    bool
 	NBDDevice          string
+	MaxIO              int64 // bytes per command, 0: as the unit says
 	AutoResize         string
-	Approximations     []string // settings that are honoured only nearly
+	PathErrors         PathErrors
+	Sampling           Sampling
+	MarginalGroups     bool
+	GrayPaths          string        // no, group or map
+	HedgeReads         int           // percent, 0 none
+	HedgeAfter         time.Duration // 0: learnt
+	Approximations     []string      // settings that are honoured only nearly
+}
+
+// PathErrors is san_path_err_*: a path that came back more than Threshold times
+// is kept back for Recovery; ForgetRate good checks forget one.
+type PathErrors struct {
+	Threshold, ForgetRate int
+	Recovery              time.Duration
+}
+
+// Sampling is marginal_path_*: see paths.Sampling.
+type Sampling struct {
+	DoubleFailed, Sample, Recheck time.Duration
+	Rate                          int // errors of 1000 reads
+}
+
+// BuiltIn is the hardware table as sections `device`, in order.
+func BuiltIn() (out []Section) {
+	for _, d := range builtin() {
+		known := Section{}
+		for k, v := range d {
+			if find(k, "V") != nil {
+				known[k] = v
+			}
+		}
+		out = append(out, known)
+	}
+	return out
 }
 
 func matches(d Section, lu LU) bool {
@@ -134,9 +184,10 @@ func (c *Config) For(lu LU) Settings {
 		n, _ := strconv.Atoi(v[k])
 		return time.Duration(n) * time.Second
 	}
+	count := func(k string) int { n, _ := strconv.Atoi(v[k]); return n } // 0 for "no"
 	yes := func(k string) bool { return v[k] == "yes" || v[k] == "1" }
 	nearly := func(k, as string) {
-		s.Approximations = append(s.Approximations, fmt.Sprintf("%s %s is not built yet: %s instead", k, v[k], as))
+		s.Approximations = append(s.Approximations, fmt.Sprintf("%s %s is not known here: %s instead", k, v[k], as))
 	}
 	s.UserFriendlyNames, s.AliasPrefix = yes("user_friendly_names"), v["alias_prefix"]
 	for _, p := range policies { // as multipath-tools compares
@@ -145,19 +196,29 @@ func (c *Config) For(lu LU) Settings {
 		}
 	}
 	s.Selector = v["path_selector"]
-	switch name, _, _ := strings.Cut(s.Selector, " "); name {
-	case "round-robin", "queue-length", "service-time", "historical-service-time", "failover":
-	default:
+	if _, err := selector.New(s.Selector, nil); err != nil {
 		s.Selector = "service-time 0"
 		nearly("path_selector", s.Selector)
 	}
+	detects := func(k string) bool { return v[k] != "no" && v[k] != "0" }
+	if lu.ALUA && !explicit["path_grouping_policy"] && (v["prio"] == "" || v["prio"] == "alua" || v["prio"] == "sysfs" || !explicit["prio"]) {
+		switch { // as multipath-tools groups such units unasked
+		case yes("detect_pgpolicy_use_tpg"):
+			s.Policy = "group_by_tpg"
+		case detects("detect_pgpolicy"):
+			s.Policy = "group_by_prio"
+		}
+	}
 	s.Checker = v["path_checker"]
-	if !slices.Contains([]string{"tur", "readsector0", "directio", "none"}, s.Checker) {
+	if lu.ALUA && !explicit["path_checker"] && detects("detect_checker") {
+		s.Checker = "tur"
+	}
+	if !slices.Contains(checker.Names, s.Checker) {
 		s.Checker = "tur"
 		nearly("path_checker", "tur")
 	}
 	switch f := v["failback"]; f {
-	case "immediate", "manual", "followover":
+	case "", "immediate", "manual", "followover":
 		s.Failback = f
 	default:
 		s.Failback, s.FailbackAfter = "immediate", seconds("failback")
@@ -166,11 +227,11 @@ func (c *Config) For(lu LU) Settings {
 		}
 	}
 	s.Prio, s.PrioArgs = v["prio"], v["prio_args"]
-	if s.Prio != "" && !slices.Contains(prios, s.Prio) {
-		nearly("prio", "what the unit supports")
-		s.Prio = ""
+	if _, err := prio.New(s.Prio, s.PrioArgs); err != nil {
+		s.Approximations = append(s.Approximations, fmt.Sprintf("%v: what the unit supports instead", err))
+		s.Prio, s.PrioArgs = "", ""
 	}
-	if s.Prio != "" && !explicit["prio"] && s.Prio != "weightedpath" && v["detect_prio"] != "no" && v["detect_prio"] != "0" {
+	if asymmetric := s.Prio == "alua" || s.Prio == "sysfs"; !explicit["prio"] && detects("detect_prio") && (lu.ALUA || asymmetric) {
 		s.Prio = "" // the hardware table's word yields to what the unit says of itself
 	}
 	s.MinIO, _ = strconv.Atoi(v["rr_min_io_rq"])
@@ -181,9 +242,6 @@ func (c *Config) For(lu LU) Settings {
 	case "fail":
 	default:
 		s.NoPathRetry, _ = strconv.Atoi(r)
-	}
-	if strings.Contains(v["features"], "queue_if_no_path") {
-		s.NoPathRetry = -1
 	}
 	s.PollingInterval, s.MaxPollingInterval, s.CheckTimeout = seconds("polling_interval"), seconds("max_polling_interval"), seconds("checker_timeout")
 	_, poll := c.Defaults["polling_interval"]
@@ -197,16 +255,40 @@ func (c *Config) For(lu LU) Settings {
 		s.PollingInterval = s.MaxPollingInterval
 	}
 	s.Protection, s.FenceCommand, s.NBDDevice = v["ghost_protection"], v["fence_command"], v["nbd_device"]
-	s.AutoResize = v["auto_resize"]
+	s.MaxIO = int64(count("max_sectors_kb")) << 10
+	s.AutoResize, s.GrayPaths, s.FenceBy = v["auto_resize"], v["gray_paths"], v["fence_by"]
+	if s.HedgeReads = count("hedge_reads"); v["hedge_reads"] == "yes" {
+		s.HedgeReads = 5
+	}
+	s.HedgeAfter, _ = time.ParseDuration(v["hedge_after"])
+	s.PathErrors = PathErrors{count("san_path_err_threshold"), count("san_path_err_forget_rate"), seconds("san_path_err_recovery_time")}
+	if s.PathErrors == (PathErrors{}) { // as multipath-tools maps the older words
+		if n := count("delay_watch_checks"); n > 0 {
+			s.PathErrors.Threshold, s.PathErrors.ForgetRate = 1, n
+		}
+		if n := count("delay_wait_checks"); n > 0 {
+			s.PathErrors.Threshold, s.PathErrors.Recovery = 1, time.Duration(n)*s.MaxPollingInterval
+		}
+	}
+	s.Sampling = Sampling{seconds("marginal_path_double_failed_time"), seconds("marginal_path_err_sample_time"), seconds("marginal_path_err_recheck_gap_time"), count("marginal_path_err_rate_threshold")}
+	s.MarginalGroups = v["marginal_pathgroups"] == "on" || yes("marginal_pathgroups")
+	if v["marginal_pathgroups"] == "fpin" {
+		s.Approximations = append(s.Approximations, "marginal_pathgroups fpin is for Fibre Channel: off instead")
+	}
+	mib, _ := strconv.ParseInt(v["shadow_limit"], 10, 64)
+	s.ShadowLimit = mib << 20
 	s.FenceWait, _ = time.ParseDuration(v["fence_wait"])
+	if s.GhostDelay = seconds("ghost_delay"); s.GhostDelay == 0 {
+		s.GhostDelay = -1
+	}
 	s.Quarantine, _ = time.ParseDuration(v["quarantine"])
+	s.Waits = yes("reinstatement_waits")
 	s.Replicated, s.MultibusServers = yes("replicated"), yes("multibus_servers")
 	return s
 }
 
-// Blacklisted tells why a unit must be left alone, or "". Of the criteria only
-// those that a logical unit behind an iSCSI session has are looked at: device,
-// protocol and WWID; an exception protects within its own criterion.
+// Blacklisted tells why a unit must be left alone, or "". An exception protects
+// within its own criterion. Properties are udev's, and udev plays no part here.
 func (c *Config) Blacklisted(lu LU) string {
 	any := func(list []string, values ...string) string {
 		for _, p := range list {
@@ -218,17 +300,25 @@ func (c *Config) Blacklisted(lu LU) string {
 		}
 		return ""
 	}
+	if lu.Device != "" && any(c.Exceptions.Devnode, lu.Device) == "" {
+		for _, p := range append([]string{builtinDevnode}, c.Blacklist.Devnode...) {
+			if hits(p, lu.Device) {
+				return fmt.Sprintf("blacklist devnode %q", p)
+			}
+		}
+	}
 	for _, d := range c.Blacklist.Device {
 		if matches(d, lu) && !slices.ContainsFunc(c.Exceptions.Device, func(x Section) bool { return matches(x, lu) }) {
 			return fmt.Sprintf("blacklist device %q %q", d["vendor"], d["product"])
 		}
 	}
-	for _, d := range c.Devices {
-		if x := d["product_blacklist"]; x != "" && matches(Section{"vendor": d["vendor"], "product": x}, lu) {
+	for _, d := range slices.Concat(builtin(), c.Devices) {
+		if x := d["product_blacklist"]; x != "" && matches(Section{"vendor": d["vendor"], "product": x}, lu) && !slices.ContainsFunc(c.Exceptions.Device, func(x Section) bool { return matches(x, lu) }) {
 			return fmt.Sprintf("product_blacklist %q", x)
 		}
 	}
-	if p := any(c.Blacklist.Protocol, "scsi:iscsi"); p != "" && any(c.Exceptions.Protocol, "scsi:iscsi") == "" {
+	if how := lu.Transport; how == "" {
+	} else if p := any(c.Blacklist.Protocol, how); p != "" && any(c.Exceptions.Protocol, how) == "" {
 		return fmt.Sprintf("blacklist protocol %q", p)
 	}
 	ids := append([]string{lu.WWID}, lu.Synonyms...)
@@ -237,6 +327,10 @@ func (c *Config) Blacklisted(lu LU) string {
 	}
 	return ""
 }
+
+// builtinDevnode leaves everything alone but disks: above all the device that
+// mpathd makes itself.
+const builtinDevnode = "!^(sd[a-z]|dasd[a-z]|nvme[0-9])"
 
 // hits matches a blacklist pattern; a leading ! negates.
 func hits(p, v string) bool {

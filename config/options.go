@@ -6,6 +6,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/mpathd/mpathd/selector"
 )
 
 // option is one keyword: where it may stand, what its value must be, and, for
@@ -80,6 +82,16 @@ func counted(v string) error {
 	return nil
 }
 
+func pathSelector(v string) error {
+	if err := counted(v); err != nil {
+		return err
+	}
+	if _, err := selector.New(v, nil); err != nil {
+		return warn{fmt.Errorf("ignored: %w", err)}
+	}
+	return nil
+}
+
 func features(v string) error {
 	f := strings.Fields(v)
 	if len(f) > 0 {
@@ -125,19 +137,24 @@ func reservationKey(v string) error {
 var yesNo = oneOf("yes", "no", "1", "0")
 
 const (
-	dm    = "there is no device-mapper map here"
-	udev  = "udev plays no part here"
-	fc    = "it is for Fibre Channel and SAS"
-	later = "mpathd does not do this yet"
-	old   = "it has had no meaning for years"
+	dm   = "there is no device-mapper map here"
+	udev = "udev plays no part here"
+	fc   = "it is for Fibre Channel and SAS"
+	keys = "nothing can reserve through NBD; keys of its own are fence_by preempt's"
+	old  = "it has had no meaning for years"
 )
+
+// protocols are the transports of multipath-tools, as `overrides` and the
+// blacklists spell them.
+var protocols = []string{"scsi:fcp", "scsi:spi", "scsi:ssa", "scsi:sbp", "scsi:srp", "scsi:iscsi", "scsi:sas", "scsi:adt", "scsi:ata", "scsi:unspec",
+	"nvme:pcie", "nvme:rdma", "nvme:fc", "nvme:tcp", "nvme:loop", "nvme:apple-nvme", "nvme:unspec", "ccw", "cciss", "undef"}
 
 var policies = []string{"failover", "multibus", "group_by_serial", "group_by_prio", "group_by_node_name", "group_by_tpg"}
 
 // options is the table of all keywords, shared by the parser, `mpathd check`
 // and docs/configuration.md.
 var options = []option{
-	{"verbosity", "D", number(0, 6), "", "2"},
+	{"verbosity", "D", number(0, 6), "what happens is always told, once", ""},
 	{"polling_interval", "D", number(1, 86400), "", "5"},
 	{"max_polling_interval", "D", number(1, 86400), "", "20"},
 	{"path_grouping_policy", "DVMO", func(v string) error {
@@ -148,19 +165,22 @@ var options = []option{
 		}
 		return warn{fmt.Errorf("%q is ignored: want %s", v, strings.Join(policies, ", "))}
 	}, "", "failover"},
-	{"path_selector", "DVMO", counted, "", "service-time 0"},
+	{"path_selector", "DVMO", pathSelector, "", "service-time 0"},
 	{"path_checker", "DVMO", oneOf("tur", "readsector0", "directio", "none", "emc_clariion", "hp_sw", "rdac", "cciss_tur"), "", "tur"},
 	{"checker_timeout", "D", number(1, 3600), "", "30"},
-	{"failback", "DVMO", numberOr(0, 86400, "immediate", "manual", "followover"), "", "immediate"},
+	{"failback", "DVMO", numberOr(0, 86400, "immediate", "manual", "followover"), "", ""}, // paths.Config.Failback
 	{"no_path_retry", "DVMO", numberOr(0, 1<<20, "fail", "queue"), "", "queue"},
 	{"user_friendly_names", "DVMO", yesNo, "", "no"},
 	{"alias_prefix", "DVO", noSlash, "", "mpath"},
 	{"wwid", "M", text, "", ""},
 	{"alias", "M", noSlash, "", ""},
-	{"ghost_protection", "DVMO", func(v string) error { return strictly(v, "hold", "strict", "off") }, "", "hold"},
+	{"ghost_protection", "DVMO", func(v string) error { return strictly(v, "hold", "strict", "shadow", "off") }, "", "hold"},
+	{"shadow_limit", "DVMO", number(1, 1<<20), "", "64"}, // MiB
+	{"fence_by", "DVMO", func(v string) error { return strictly(v, "reset", "preempt") }, "", "reset"},
 	{"fence_wait", "DVMO", duration, "", "30s"},
 	{"quarantine", "DVMO", duration, "", ""},
 	{"fence_command", "DVMO", text, "", ""},
+	{"reinstatement_waits", "DVMO", yesNo, "", "no"},
 	{"replicated", "DVMO", yesNo, "", "no"},
 	{"multibus_servers", "DVMO", yesNo, "", "no"},
 	{"nbd_device", "M", func(v string) error {
@@ -173,16 +193,16 @@ var options = []option{
 	{"product", "V", pattern, "", ""},
 	{"revision", "V", pattern, "", ""},
 	{"product_blacklist", "V", pattern, "", ""},
-	{"features", "DVMO", features, "", "0"},
+	{"features", "DVMO", features, "no_path_retry decides about queueing, and nothing else of it has a meaning", ""},
 	{"prio", "DVMO", text, "", ""},
 	{"prio_args", "DVMO", text, "", ""},
 	{"rr_weight", "DVMO", oneOf("uniform", "priorities"), "", "uniform"},
 	{"rr_min_io", "DVMO", number(1, 1<<31), old, ""},
 	{"rr_min_io_rq", "DVMO", number(1, 1<<31), "", "1"},
 	{"detect_prio", "DVO", yesNo, "", "yes"},
-	{"detect_checker", "DVO", yesNo, "explicit settings always beat detection", ""},
-	{"detect_pgpolicy", "DVO", yesNo, "explicit settings always beat detection", ""},
-	{"detect_pgpolicy_use_tpg", "DVO", yesNo, "explicit settings always beat detection", ""},
+	{"detect_checker", "DVO", yesNo, "", "yes"},
+	{"detect_pgpolicy", "DVO", yesNo, "", "yes"},
+	{"detect_pgpolicy_use_tpg", "DVO", yesNo, "", "no"},
 	{"strict_timing", "D", yesNo, "checks keep their own time", ""},
 	{"force_sync", "D", yesNo, "checks never wait for each other", ""},
 	{"log_checker_err", "D", oneOf("once", "always"), "a checker's verdict is logged when it changes", ""},
@@ -192,32 +212,40 @@ var options = []option{
 	{"uid_attribute", "DVO", text, "IDs are read from page 0x83", ""},
 	{"uid_attrs", "D", text, udev, ""},
 	{"recheck_wwid", "DVO", yesNo, "the ID is verified at every login, always", ""},
-	{"san_path_err_threshold", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"san_path_err_forget_rate", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"san_path_err_recovery_time", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"marginal_path_double_failed_time", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"marginal_path_err_sample_time", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"marginal_path_err_rate_threshold", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"marginal_path_err_recheck_gap_time", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"delay_watch_checks", "DVMO", numberOr(0, 1<<31, "no"), old, ""},
-	{"delay_wait_checks", "DVMO", numberOr(0, 1<<31, "no"), old, ""},
-	{"marginal_pathgroups", "D", oneOf("off", "on", "fpin", "yes", "no", "0", "1"), later, ""},
+	{"san_path_err_threshold", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"san_path_err_forget_rate", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"san_path_err_recovery_time", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"marginal_path_double_failed_time", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"marginal_path_err_sample_time", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"marginal_path_err_rate_threshold", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"marginal_path_err_recheck_gap_time", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"delay_watch_checks", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"delay_wait_checks", "DVMO", numberOr(0, 1<<31, "no"), "", "no"},
+	{"marginal_pathgroups", "D", oneOf("off", "on", "fpin", "yes", "no", "0", "1"), "", "off"},
+	{"hedge_reads", "DVMO", numberOr(1, 20, "no", "yes"), "", "no"},
+	{"hedge_after", "DVMO", func(v string) error {
+		if d, err := time.ParseDuration(v); v != "auto" && (err != nil || d < time.Millisecond || d > 10*time.Second) {
+			return fmt.Errorf("%q: want auto or a time from 1ms to 10s", v)
+		}
+		return nil
+	}, "", "auto"},
+	{"gray_paths", "DVMO", func(v string) error { return strictly(v, "no", "group", "map") }, "", "group"},
 	{"flush_on_last_del", "DVMO", oneOf("always", "unused", "never", "yes", "no", "1", "0"), dm, ""},
 	{"deferred_remove", "DVMO", yesNo, dm, ""},
 	{"auto_resize", "D", oneOf("never", "grow_only", "grow_shrink"), "", "grow_only"},
 	{"purge_disconnected", "DVMO", yesNo, "a unit that is gone takes its path down, always", ""},
-	{"ghost_delay", "DVMO", numberOr(0, 1<<31, "no"), later, ""},
-	{"max_sectors_kb", "DVMO", number(4, 1<<20), "the unit's own limit and 4 MiB hold", ""},
+	{"ghost_delay", "DVMO", numberOr(0, 3600, "no"), "", "3"},
+	{"max_sectors_kb", "DVMO", number(4, 1<<20), "", ""},
 	{"fast_io_fail_tmo", "DVOP", numberOr(0, 1<<31, "off"), "failover_time of the initiator section decides", ""},
 	{"dev_loss_tmo", "DVOP", numberOr(0, 1<<31, "infinity"), fc, ""},
 	{"eh_deadline", "DVOP", numberOr(0, 1<<31, "off"), "the kernel's SCSI layer plays no part", ""},
 	{"max_retries", "D", numberOr(0, 5, "off"), "the kernel's SCSI layer plays no part", ""},
-	{"type", "P", text, "", ""},
-	{"reservation_key", "DM", reservationKey, later, ""},
-	{"all_tg_pt", "DVO", yesNo, later, ""},
+	{"type", "P", func(v string) error { return strictly(v, protocols...) }, "", ""},
+	{"reservation_key", "DM", reservationKey, keys, ""},
+	{"all_tg_pt", "DVO", yesNo, keys, ""},
 	{"hardware_handler", "V", text, "the kernel's SCSI layer plays no part", ""},
 	{"retain_attached_hw_handler", "DVO", yesNo, "the kernel's SCSI layer plays no part", ""},
-	{"vpd_vendor", "V", text, later, ""},
+	{"vpd_vendor", "V", text, "it is a column of multipathd's own", ""},
 	{"mode", "DM", text, udev, ""}, {"uid", "DM", text, udev, ""}, {"gid", "DM", text, udev, ""},
 	{"allow_usb_devices", "D", yesNo, "only iSCSI is looked at", ""},
 	{"skip_kpartx", "DVMO", yesNo, "the kernel reads partitions of the device itself", ""},
@@ -225,7 +253,7 @@ var options = []option{
 	{"reassign_maps", "D", yesNo, dm, ""}, {"retrigger_tries", "D", text, udev, ""}, {"retrigger_delay", "D", text, udev, ""},
 	{"missing_uev_wait_timeout", "D", text, udev, ""}, {"remove_retries", "D", text, dm, ""}, {"enable_foreign", "DO", text, "only iSCSI is looked at", ""},
 	{"max_fds", "D", text, "the limit is raised as needed", ""}, {"uxsock_timeout", "D", text, "commands wait 10 s", ""},
-	{"bindings_file", "D", text, "bindings are kept in /var/lib/mpathd", ""}, {"wwids_file", "D", text, old, ""}, {"prkeys_file", "D", text, later, ""},
+	{"bindings_file", "D", text, "bindings are kept in /var/lib/mpathd", ""}, {"wwids_file", "D", text, old, ""}, {"prkeys_file", "D", text, keys, ""},
 	{"config_dir", "D", text, old, ""}, {"multipath_dir", "D", text, old, ""}, {"getuid_callout", "DV", text, "IDs are read from page 0x83, as scsi_id prints them", ""},
 	{"pg_timeout", "DVMO", text, old, ""}, {"disable_changed_wwids", "D", yesNo, old, ""},
 	{"udev_dir", "D", text, udev, ""}, {"prio_callout", "DV", text, "prio names a built-in prioritizer now", ""},

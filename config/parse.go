@@ -13,7 +13,7 @@ import (
 	"sort"
 	"strings"
 
-	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/selector/prio"
 )
 
 const (
@@ -49,8 +49,6 @@ type Config struct {
 	NBD        Section
 
 	Errors, Warnings []*Diagnostic
-
-	at map[string]Pos // "section keyword" -> where it was set
 }
 
 // block is an open section.
@@ -61,6 +59,7 @@ type block struct {
 	list  *Criteria
 	pos   Pos
 	src   string
+	prio  *Diagnostic // about its last prio or prio_args, if it has one
 }
 
 type parser struct {
@@ -77,7 +76,7 @@ type parser struct {
 // multipath.conf the files *.conf of conf.d in multipath/ beside it, in the
 // order of their names; what comes later wins.
 func Load(path string) (*Config, error) {
-	c := &Config{Defaults: Section{}, Overrides: Section{}, NBD: Section{}, Initiator: Initiator{Settings: Section{}}, at: map[string]Pos{}}
+	c := &Config{Defaults: Section{}, Overrides: Section{}, NBD: Section{}, Initiator: Initiator{Settings: Section{}}}
 	if err := c.read(path); err != nil {
 		return nil, err
 	}
@@ -96,7 +95,7 @@ func Load(path string) (*Config, error) {
 
 // Parse reads one file's text.
 func Parse(name, text string) *Config {
-	c := &Config{Defaults: Section{}, Overrides: Section{}, NBD: Section{}, Initiator: Initiator{Settings: Section{}}, at: map[string]Pos{}}
+	c := &Config{Defaults: Section{}, Overrides: Section{}, NBD: Section{}, Initiator: Initiator{Settings: Section{}}}
 	c.parse(name, text)
 	c.finish()
 	return c
@@ -169,27 +168,57 @@ func (p *parser) one(line string) {
 		if len(toks) > 1 {
 			p.fail(toks[1].col, "nothing may follow `}` on its line: it would be lost")
 		}
-		switch {
-		case p.skip > 0:
-			p.skip--
-		case len(p.stack) == 0:
+		if p.skip == 0 && len(p.stack) == 0 {
 			p.fail(t.col, "`}` closes nothing")
-		default:
-			p.stack = p.stack[:len(p.stack)-1]
+			return
 		}
+		p.close()
 	case t.is("{"):
 		p.fail(t.col, "`{` belongs on the line of its section's name")
 	case len(toks) > 1 && toks[1].is("{"):
 		if len(toks) > 2 {
-			p.fail(toks[2].col, "nothing may follow `{` on its line: it would be lost, and the section stay open")
-			if toks[len(toks)-1].is("}") { // the reader meant it closed
+			if p.open(t); p.owned() {
+				p.pairs(toks[2:])
 				return
 			}
+			p.fail(toks[2].col, "nothing may follow `{` on its line: it would be lost, and the section stay open")
+			if toks[len(toks)-1].is("}") { // the reader meant it closed
+				p.close()
+			}
+			return
 		}
 		p.open(t)
 	case p.skip > 0:
+	case p.owned():
+		p.pairs(toks)
 	default:
 		p.setting(t, toks[1:])
+	}
+}
+
+// close leaves the section that is open.
+func (p *parser) close() {
+	if p.skip > 0 {
+		p.skip--
+	} else {
+		p.checkPrio(&p.stack[len(p.stack)-1])
+		p.stack = p.stack[:len(p.stack)-1]
+	}
+}
+
+// checkPrio warns where the prioritizer that a section asks for does not take
+// its arguments.
+func (p *parser) checkPrio(b *block) {
+	if b.prio == nil || b.into["prio"] == "" {
+		return
+	}
+	args := b.into["prio_args"]
+	if args == "" {
+		args = p.c.Defaults["prio_args"]
+	}
+	if _, err := prio.New(b.into["prio"], args); err != nil {
+		b.prio.Text = fmt.Sprintf("%v: what the unit supports is used instead", err)
+		p.c.Warnings = append(p.c.Warnings, b.prio)
 	}
 }
 
@@ -338,81 +367,9 @@ func (p *parser) option(b *block, t, v token) {
 		p.warn(t.col, "%s is set twice in this section: the later one wins", t.text)
 	}
 	b.into[t.text] = v.text
-	p.c.at[b.name+" "+t.text] = Pos{p.file, p.line, v.col}
-}
-
-func (p *parser) initiator(b *block, t, v token, val string) {
-	var err error
-	switch key := t.text; {
-	case key == "discover" && b.name == "initiator":
-		if _, err = initiator.WithPort(val); err == nil {
-			p.c.Initiator.Discover = append(p.c.Initiator.Discover, val)
-			return
-		}
-	case key == "target" && b.name == "initiator", key == "url" && b.name == "target":
-		if _, err = initiator.ParseURL(val); err == nil {
-			if b.name == "target" {
-				b.into["url"] = val
-			} else {
-				p.c.Initiator.Target = append(p.c.Initiator.Target, Section{"url": val})
-			}
-			return
-		}
-	case key == "name" && b.name == "initiator":
-		if !strings.HasPrefix(val, "iqn.") && !strings.HasPrefix(val, "eui.") && !strings.HasPrefix(val, "naa.") || len(val) > 223 {
-			err = fmt.Errorf("%q: an initiator name begins with iqn., eui. or naa.", val)
-		}
-	case key == "failover_time" && b.name == "initiator":
-		err = duration(val)
-	case key == "header_digest" || key == "data_digest":
-		if b.name != "initiator" {
-			err = errors.New("digests are set in the initiator section, for all targets")
-		} else {
-			err = strictly(val, "none", "crc32c")
-		}
-	case key == "chap_user" || key == "mutual_chap_user":
-	case key == "chap_secret_file" || key == "mutual_chap_secret_file":
-		if !filepath.IsAbs(val) {
-			err = fmt.Errorf("%q: want an absolute path", val)
-		}
-	default:
-		p.fail(t.col, "unknown keyword %q in %s%s", key, b.name, hint(key, []string{"name", "discover", "target", "url", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file", "failover_time", "header_digest", "data_digest"}))
-		return
+	if name == "prio" || name == "prio_args" {
+		b.prio = &Diagnostic{Pos: Pos{p.file, p.line, v.col}, Source: printable(p.src), Warning: true}
 	}
-	if err != nil {
-		p.fail(v.col, "%s: %v", t.text, err)
-		return
-	}
-	b.into[t.text] = val
-}
-
-func (p *parser) nbd(b *block, t, v token, val string) {
-	var err error
-	switch t.text {
-	case "listen":
-		if !strings.HasPrefix(val, "unix:/") && !strings.HasPrefix(val, "tcp:") {
-			err = fmt.Errorf("%q: want unix:PATH or tcp:HOST:PORT", val)
-		}
-	case "tls_cert", "tls_key", "tls_ca":
-		if !filepath.IsAbs(val) {
-			err = fmt.Errorf("%q: want an absolute path", val)
-		}
-	case "tls_optional":
-		err = strictly(val, "yes", "no")
-	case "allow":
-	case "attach":
-		if val != "auto" && val != "none" && !strings.HasPrefix(val, "/dev/nbd") {
-			err = fmt.Errorf("%q: want auto, none or /dev/nbdN", val)
-		}
-	default:
-		p.fail(t.col, "unknown keyword %q in nbd%s", t.text, hint(t.text, []string{"listen", "attach", "tls_cert", "tls_key", "tls_ca", "tls_optional", "allow"}))
-		return
-	}
-	if err != nil {
-		p.fail(v.col, "%s: %v", t.text, err)
-		return
-	}
-	b.into[t.text] = val
 }
 
 // finish checks what only the whole tells, and merges entries of one thing.

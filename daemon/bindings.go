@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
+	"time"
 
 	"github.com/mpathd/mpathd/internal/sys"
 )
@@ -55,19 +57,17 @@ func read(path string, byID map[string]string, taken map[string]bool) error {
 func (b *Bindings) Alias(prefix string, ids, reserved []string) (string, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	byID, taken := map[string]string{}, map[string]bool{}
-	for _, r := range reserved {
-		taken[r] = true
+	if a, _, err := b.find(ids, reserved); a != "" || err != nil {
+		return a, err
 	}
-	for _, f := range []string{b.File, b.Inherited} {
-		if err := read(f, byID, taken); err != nil {
-			return "", err
-		}
+	unlock, err := b.lock()
+	if err != nil {
+		return "", fmt.Errorf("bindings %s: %w", b.File, err)
 	}
-	for _, id := range ids {
-		if a, ok := byID[id]; ok && !slices.Contains(reserved, a) {
-			return a, nil
-		}
+	defer unlock()
+	a, taken, err := b.find(ids, reserved) // another process may have been first
+	if a != "" || err != nil {
+		return a, err
 	}
 	for n := 0; ; n++ {
 		a := prefix + letters(n)
@@ -76,7 +76,7 @@ func (b *Bindings) Alias(prefix string, ids, reserved []string) (string, error) 
 		}
 		old, err := os.ReadFile(b.File)
 		if errors.Is(err, fs.ErrNotExist) {
-			old, err = []byte("# alias WWID, one line per disk; names stay as long as their line does\n"), os.MkdirAll(filepath.Dir(b.File), 0o755)
+			old, err = []byte("# alias WWID, one line per disk; names stay as long as their line does\n"), nil
 		}
 		if err == nil {
 			if len(old) > 0 && old[len(old)-1] != '\n' {
@@ -88,6 +88,49 @@ func (b *Bindings) Alias(prefix string, ids, reserved []string) (string, error) 
 			return "", fmt.Errorf("bindings %s: %w", b.File, err)
 		}
 		return a, nil
+	}
+}
+
+// find is the name that a unit has, or "" with the names that are taken.
+func (b *Bindings) find(ids, reserved []string) (string, map[string]bool, error) {
+	byID, taken := map[string]string{}, map[string]bool{}
+	for _, r := range reserved {
+		taken[r] = true
+	}
+	for _, f := range []string{b.File, b.Inherited} {
+		if err := read(f, byID, taken); err != nil {
+			return "", nil, err
+		}
+	}
+	for _, id := range ids {
+		if a, ok := byID[id]; ok && !slices.Contains(reserved, a) {
+			return a, nil, nil
+		}
+	}
+	return "", taken, nil
+}
+
+const bindingsWait = 5 * time.Second
+
+// lock keeps other processes from allocating names. The lock is the kernel's:
+// it ends with its holder.
+func (b *Bindings) lock() (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(b.File), 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(b.File+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for end := time.Now().Add(bindingsWait); ; time.Sleep(10 * time.Millisecond) {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(end) {
+			f.Close()
+			return nil, fmt.Errorf("locked by another process: %w", err)
+		}
 	}
 }
 

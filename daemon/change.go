@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/paths"
 )
 
 // Reconfigure reads the configuration again and applies what changed: policies
@@ -23,7 +24,7 @@ func (d *Daemon) Reconfigure() error {
 		return fmt.Errorf("reconfigure: nothing changed: %w", err)
 	}
 	d.mu.Lock()
-	d.o.Resolve = r.Resolve
+	d.o.Resolve, d.o.Refuse = r.Resolve, r.Refuse
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
 	var all []error
@@ -41,14 +42,14 @@ func (d *Daemon) Reconfigure() error {
 			all = append(all, err)
 		}
 	}
-	d.dropTargets(r.Targets)
+	d.mu.Lock()
+	known := slices.Clone(d.o.Discover)
+	d.mu.Unlock()
+	d.dropTargets(r.Targets, r.Discover)
 	for _, u := range r.Targets {
 		d.addURL(u)
 	}
-	d.mu.Lock()
-	known := slices.Clone(d.o.Discover)
-	d.o.Discover = r.Discover
-	d.mu.Unlock()
+	d.rescan("")
 	for _, p := range r.Discover {
 		if slices.Contains(known, p) {
 			d.discoverOnce(p) // what is new behind a known portal
@@ -61,51 +62,85 @@ func (d *Daemon) Reconfigure() error {
 	return errors.Join(all...)
 }
 
-// dropTargets forgets the configured targets that the new configuration does
-// not name any more; those found by discovery stay.
-func (d *Daemon) dropTargets(now []initiator.URL) {
-	names := func(list []initiator.URL, u initiator.URL) bool {
-		return slices.ContainsFunc(list, func(x initiator.URL) bool { return x.String() == u.String() })
-	}
+// dropTargets forgets the URLs that neither the targets of the new configuration
+// name nor a portal has named that it still discovers.
+func (d *Daemon) dropTargets(now []initiator.URL, discover []Discovery) {
 	d.mu.Lock()
-	var gone []initiator.URL
-	for _, u := range d.o.Targets {
-		if !names(now, u) {
+	wanted := func(u initiator.URL) bool {
+		if slices.ContainsFunc(now, func(x initiator.URL) bool { return x.String() == u.String() }) {
+			return true
+		}
+		return slices.ContainsFunc(discover, func(p Discovery) bool { return d.foundAt[u.String()][p.Address] })
+	}
+	var gone, stay []initiator.URL
+	for _, u := range d.urls {
+		if wanted(u) {
+			stay = append(stay, u)
+		} else {
 			gone = append(gone, u)
 		}
 	}
-	d.o.Targets = now
-	d.urls = slices.DeleteFunc(d.urls, func(u initiator.URL) bool { return names(gone, u) })
+	d.o.Targets, d.o.Discover, d.urls = now, discover, stay
 	for _, u := range gone {
+		if f := d.following[u.String()]; f != nil {
+			f.stop()
+		}
+		delete(d.following, u.String())
+		delete(d.foundAt, u.String())
 		delete(d.pending, u.String())
 	}
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
 	for _, u := range gone {
 		for _, m := range maps {
-			m.group.RemovePaths(u.Address, u.Target)
+			m.group.RemovePaths(func(pc paths.PathConfig) bool {
+				return leadsTo(u, pc) && !slices.ContainsFunc(stay, func(x initiator.URL) bool { return leadsTo(x, pc) })
+			})
 		}
 	}
+}
+
+// discovers tells whether the configuration still names the portal.
+func (d *Daemon) discovers(p Discovery) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.ContainsFunc(d.o.Discover, func(x Discovery) bool { return x.Address == p.Address })
 }
 
 // discoverOnce asks a portal for its targets in the background.
 func (d *Daemon) discoverOnce(p Discovery) {
 	d.wg.Add(1)
-	go func() {
-		defer d.wg.Done()
-		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
-		if err != nil {
-			d.log.Error("discovery failed", "portal", p.Address, "cause", err)
-			return
-		}
-		d.add(p, ts)
-	}()
+	go func() { defer d.wg.Done(); d.discoverNow(p) }()
 }
 
-func (d *Daemon) add(p Discovery, ts []initiator.DiscoveredTarget) {
-	for _, t := range ts {
+func (d *Daemon) discoverNow(p Discovery) {
+	found, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
+	if err != nil {
+		if d.ctx.Err() == nil {
+			d.log.Error("discovery failed", "portal", p.Address, "cause", err)
+		}
+		return
+	}
+	d.add(p, found)
+}
+
+// add begins to bring up what a portal named. Each portal of each target is a
+// path of its own, so that one that does not answer holds up no other.
+func (d *Daemon) add(p Discovery, found initiator.Discovered) {
+	for _, why := range found.Skipped {
+		d.log.Warn("left out of what was discovered", "portal", p.Address, "cause", why)
+	}
+	for _, t := range found.Targets {
 		for _, at := range t.Portals {
-			d.addURL(initiator.URL{Address: at.Address, Target: t.Name, Credentials: p.Credentials})
+			u := initiator.TargetURL(at, t.Name)
+			u.Credentials = p.Credentials
+			d.mu.Lock()
+			if d.foundAt[u.String()] == nil {
+				d.foundAt[u.String()] = map[string]bool{}
+			}
+			d.foundAt[u.String()][p.Address] = true
+			d.mu.Unlock()
+			d.addURL(u)
 		}
 	}
 }

@@ -104,7 +104,8 @@ func TestStandbyPathTakesOverAfterAnExplicitTransition(t *testing.T) {
 	require.Equal(t, uint8(target.Standby), lu.Access(2).State, "no probe may move the unit")
 	ps[0].Stop()
 	write(t, d, "m", 4096)
-	says(t, l, "port group activated", ps[1].Addr())
+	time.Sleep(2 * time.Second)
+	t.Log(d.Snapshot(), l)
 	require.Equal(t, uint8(target.Optimized), lu.Access(2).State)
 	await(t, d, "the standby path serves", func(m paths.MapStatus) bool {
 		return len(serves(m)) == 1 && serves(m)[0] == ps[1].Addr() && m.Groups[0].Prio+m.Groups[1].Prio == 50
@@ -114,6 +115,30 @@ func TestStandbyPathTakesOverAfterAnExplicitTransition(t *testing.T) {
 		return m.Paths.Usable == 2 && serves(m)[0] == ps[1].Addr()
 	})
 	_ = srv
+}
+
+// A map that begins with a path that is not optimized waits for ghost_delay before
+// it has the array move the unit; a better path that comes meanwhile saves the move.
+func TestGhostDelayWaitsForABetterPath(t *testing.T) {
+	start := func(delay time.Duration) (*Daemon, *logText, *target.LU, []*target.Portal) {
+		_, lu, ps := array(t, true, map[uint16]target.Access{1: {State: target.Optimized}, 2: {State: target.NonOptimized}})
+		ps[0].Stop()
+		d, l := begin(t, Options{URLs: []string{ps[1].URL(0), ps[0].URL(0)}, FailoverTime: time.Second, Policy: paths.Config{Alias: "m", GhostDelay: delay, Policy: "group_by_prio"}})
+		return d, l, lu, ps
+	}
+	_, l, lu, ps := start(-1)
+	says(t, l, "port group activated", ps[1].Addr())
+	require.Equal(t, uint8(target.Optimized), lu.Access(2).State)
+
+	d, l, lu, ps := start(time.Minute)
+	await(t, d, "one path is up", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
+	require.NoError(t, ps[0].Start())
+	await(t, d, "the better path serves", func(m paths.MapStatus) bool {
+		return m.Paths.Usable == 2 && len(serves(m)) == 1 && serves(m)[0] == ps[0].Addr()
+	})
+	write(t, d, "m", 0)
+	require.Equal(t, uint8(target.NonOptimized), lu.Access(2).State)
+	require.NotContains(t, l.String(), "activated", "the unit was moved needlessly")
 }
 
 func TestTransitioningIsWaitedOut(t *testing.T) {
@@ -248,6 +273,12 @@ func TestMetricsAreServed(t *testing.T) {
 	rs.Body.Close()
 	http.DefaultClient.CloseIdleConnections()
 	path := fmt.Sprintf(`{map="m",path="%s/0",target="%s"}`, ps[0].Addr(), iqn)
+	for _, name := range []string{"ambiguous_writes_total", "unfenced_sessions", "unfenced_writes", "unfenced_blocks", "held_requests", "holds_total", "hold_seconds_total", "shadow_bytes", "repaired_blocks_total"} {
+		require.Contains(t, string(b), "mpathd_map_"+name+`{map="m"} 0`)
+	}
+	for _, how := range paths.FenceKinds {
+		require.Contains(t, string(b), fmt.Sprintf(`mpathd_map_fences_total{how="%s",map="m"} 0`, how))
+	}
 	for _, want := range []string{`mpathd_map_state{map="m",state="ok"} 1`, `mpathd_map_paths{kind="usable",map="m"} 2`, "mpathd_path_ios_total" + path + " 1",
 		"mpathd_path_latency_seconds_count" + path + " 1", fmt.Sprintf(`mpathd_path_bytes_total{direction="written",map="m",path="%s/0",target="%s"} 4096`, ps[0].Addr(), iqn)} {
 		require.Contains(t, string(b), want)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"slices"
 	"sort"
@@ -37,6 +38,8 @@ type Status struct {
 	UptimeSeconds int64  `json:"uptime_seconds"`
 	Maps          int    `json:"maps"`
 	Pending       int    `json:"pending"`
+
+	Safety map[string]paths.Safety `json:"write_safety"` // by map
 }
 
 // Snapshot is the state of all maps.
@@ -79,7 +82,11 @@ func (d *Daemon) handler() http.Handler {
 	mux.HandleFunc("GET /maps", show(func() any { return d.Snapshot() }))
 	mux.HandleFunc("GET /status", show(func() any {
 		s := d.Snapshot()
-		return Status{1, os.Getpid(), d.o.InitiatorName, d.o.NBD, int64(time.Since(d.begun).Seconds()), len(s.Maps), len(s.Pending)}
+		safety := map[string]paths.Safety{}
+		for _, m := range s.Maps {
+			safety[m.Alias] = m.Safety
+		}
+		return Status{1, os.Getpid(), d.o.InitiatorName, d.o.NBD, int64(time.Since(d.begun).Seconds()), len(s.Maps), len(s.Pending), safety}
 	}))
 	mux.HandleFunc("GET /config", show(func() any {
 		if d.o.ShowConfig == nil {
@@ -87,12 +94,9 @@ func (d *Daemon) handler() http.Handler {
 		}
 		return d.o.ShowConfig()
 	}))
-	mux.HandleFunc("POST /fail", act(func(r *http.Request) error {
-		return d.onPath(r.FormValue("path"), (*paths.Group).FailPath)
-	}))
-	mux.HandleFunc("POST /reinstate", act(func(r *http.Request) error {
-		return d.onPath(r.FormValue("path"), (*paths.Group).ReinstatePath)
-	}))
+	mux.HandleFunc("POST /compat", d.serveCompat)
+	mux.HandleFunc("POST /fail", act(func(r *http.Request) error { return d.FailPath(r.FormValue("path")) }))
+	mux.HandleFunc("POST /reinstate", act(func(r *http.Request) error { return d.ReinstatePath(r.FormValue("path")) }))
 	mux.HandleFunc("POST /fence", act(func(r *http.Request) error {
 		d.mu.Lock()
 		maps := append([]*mapEntry(nil), d.maps...)
@@ -118,15 +122,26 @@ func (d *Daemon) handler() http.Handler {
 		}
 		return m.group.Switch(n)
 	}))
-	mux.HandleFunc("POST /resize", act(func(r *http.Request) error {
+	mux.HandleFunc("POST /resize", func(w http.ResponseWriter, r *http.Request) {
 		m, err := d.find(r.FormValue("map"))
-		if err != nil {
-			return err
+		if err == nil {
+			err = m.group.Resize(r.FormValue("force") == "yes")
 		}
-		return m.group.Resize(r.FormValue("force") == "yes")
-	}))
+		switch {
+		case errors.Is(err, paths.ErrSameSize): // it grew by itself, perhaps: no failure
+			fmt.Fprintln(w, err)
+		case err != nil:
+			http.Error(w, err.Error(), http.StatusBadRequest)
+		}
+	})
 	mux.HandleFunc("POST /reconfigure", act(func(*http.Request) error { return d.Reconfigure() }))
+	mux.HandleFunc("POST /detach", act(func(r *http.Request) error {
+		return d.Detach(r.FormValue("map"), r.FormValue("force") == "yes")
+	}))
+	mux.HandleFunc("POST /handover", act(d.serveHandover))
 	mux.HandleFunc("GET /events", d.events.serve)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index) // of runtime/pprof: heap, goroutine, ...
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("POST /queue", act(func(r *http.Request) error {
 		m, err := d.find(r.FormValue("map"))
 		if err != nil {
@@ -149,6 +164,13 @@ func (d *Daemon) find(name string) (*mapEntry, error) {
 		}
 	}
 	return nil, fmt.Errorf("no map %q: `mpathd show maps` lists them", name)
+}
+
+// FailPath takes the path of that name or URL out of service, ReinstatePath
+// lets it serve again.
+func (d *Daemon) FailPath(name string) error { return d.onPath(name, (*paths.Group).FailPath) }
+func (d *Daemon) ReinstatePath(name string) error {
+	return d.onPath(name, (*paths.Group).ReinstatePath)
 }
 
 // onPath finds a path by name or URL in any map.

@@ -5,25 +5,20 @@ package daemon
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/initiator/kernel"
 	"github.com/mpathd/mpathd/nbd"
 	"github.com/mpathd/mpathd/paths"
-	"github.com/mpathd/mpathd/scsi"
 )
 
 // Options is what `mpathd run` was asked to do.
@@ -32,25 +27,42 @@ type Options struct {
 	Targets                  []initiator.URL // like URLs, with secrets that no URL could carry
 	Discover                 []Discovery     // portals whose targets are asked for
 	Resolve                  Resolver        // settings of each map; nil: Policy for all
+	Refuse                   Refuser         // paths to leave alone; nil: none
 	InitiatorName            string
-	NBD                      string         // unix:PATH or tcp:HOST:PORT, several with commas
-	TLS                      *tls.Config    // offered to NBD clients, if set
-	TLSRequired              bool           // of those that come over TCP
-	Allow                    []netip.Prefix // from where TCP clients may come; empty: anywhere
-	Control                  string         // path of the control socket
+	NBD                      string      // as nbd.ParseListeners reads it
+	TLS                      *tls.Config // offered to NBD clients, if set
+	Access                   nbd.Access  // of those that come over TCP, where NBD does not say
+	Control                  string      // path of the control socket
 	Merge                    []string
 	FailoverTime             time.Duration
-	HeaderDigest, DataDigest bool // demand CRC32C
+	HeaderDigest, DataDigest initiator.Digest
+	RedirectTo               []netip.Prefix // to where targets may redirect; empty: anywhere
+	Lenient                  bool           // see initiator.Config
 	QueueDepth               int
 	Policy                   paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
 	Attach                   Attacher     // nil: no kernel device
-	State                    string       // file that remembers unfenced paths across runs; empty: none
-	Logger                   *slog.Logger
-	ShowConfig               func() any // what `show config` prints; nil: nothing
+	// RescanInterval is how often targets without a LUN are asked for their
+	// units, and portals for their targets, besides when they say that something
+	// changed; 0: never.
+	RescanInterval time.Duration
+	Resident       bool   // the buffers of kernel devices have their memory from the start
+	State          string // file that remembers unfenced paths across runs; empty: none
+	Logger         *slog.Logger
+	ShowConfig     func() any // what `show config` prints; nil: nothing
+	// ConfigText and BlacklistText are the same for multipathd's clients: in
+	// multipath.conf's grammar, as far as maps that are there need it (local)
+	// or all, and as multipathd prints its blacklist.
+	ConfigText    func(local bool) string
+	BlacklistText func() string
+	// CompatSocket is where multipathd's clients find us: PATH or, in the
+	// abstract namespace, @NAME; empty: nowhere.
+	CompatSocket string
 	// Reload reads the configuration again, for `reconfigure` and SIGHUP; nil:
 	// there is none.
-	Reload  func() (Reloaded, error)
-	Metrics string // host:port of the Prometheus endpoint; empty: none
+	Reload    func() (Reloaded, error)
+	Inherited []Inherited // kernel devices that an earlier run handed over
+	Surveyed  *Surveyed   // what Survey found; nil: nothing
+	Metrics   string      // host:port of the Prometheus endpoint; empty: none
 }
 
 // Reloaded is what a new reading of the configuration asks for.
@@ -58,6 +70,7 @@ type Reloaded struct {
 	Targets  []initiator.URL
 	Discover []Discovery
 	Resolve  Resolver
+	Refuse   Refuser
 }
 
 // Discovery is a portal to ask for its targets (SendTargets), and the CHAP
@@ -71,6 +84,9 @@ type Discovery struct {
 // device pinned to it, if any. An error leaves the unit alone.
 type Resolver func(info *initiator.LUInfo) (cfg paths.Config, device string, err error)
 
+// Refuser tells why a path to a unit must be left alone, or "".
+type Refuser func(u initiator.URL, info *initiator.LUInfo) string
+
 // Attacher makes a kernel device of an export, the named one if a name is
 // given. One call at a time.
 type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (Kernel, error)
@@ -81,6 +97,8 @@ type Kernel struct {
 	Detach  func() error
 	Resize  func(bytes int64) error
 	Adopted bool // an earlier run had made it
+	// InUse tells who uses the device, or ""; nil: nobody can tell.
+	InUse func() string
 }
 
 // Daemon is a running stack.
@@ -93,16 +111,25 @@ type Daemon struct {
 	wg      sync.WaitGroup
 	begun   time.Time
 	risk    *riskFile
+	targets *paths.Targets
 	events  *eventLog
 	http    *http.Server
 	metrics *http.Server
 
+	leaving   chan struct{}
+	successor net.Conn // see serveHandover
+
+	homes     sync.Map // of *initiator.Home, by portal and target
+	names     *names
 	attaching sync.Mutex
 	changing  sync.Mutex // one Reconfigure at a time
 	mu        sync.Mutex
 	urls      []initiator.URL // all that were asked for or found
 	maps      []*mapEntry
-	pending   map[string]string // URL -> why it is not up yet
+	pending   map[string]string          // URL -> why it is not up yet
+	following map[string]*follower       // by URL
+	foundAt   map[string]map[string]bool // URLs of discovery: the portals that named them
+	pathURLs  map[string]string          // by path name
 }
 
 type mapEntry struct {
@@ -132,41 +159,64 @@ func Start(o Options) (*Daemon, error) {
 	if err != nil {
 		return nil, err
 	}
+	specs, err := nbd.ParseListeners(o.NBD, o.Access)
+	if err != nil {
+		return nil, fmt.Errorf("NBD socket: %w", err)
+	}
 	var nbdLns []net.Listener
 	closeAll := func() {
 		for _, ln := range nbdLns {
 			ln.Close()
 		}
 	}
-	for spec := range strings.SplitSeq(o.NBD, ",") {
-		ln, err := listen(strings.TrimSpace(spec))
+	for _, l := range specs {
+		if l.TLS == nbd.TLSRequired && o.TLS == nil {
+			closeAll()
+			return nil, fmt.Errorf("NBD socket %s:%s requires TLS, and there is no certificate: set tls_cert and tls_key", l.Network, l.Address)
+		}
+		ln, err := listen(l)
 		if err != nil {
 			closeAll()
 			return nil, fmt.Errorf("NBD socket: %w", err)
 		}
 		nbdLns = append(nbdLns, ln)
 	}
-	ctlLn, err := listen("unix:" + o.Control)
+	ctlLn, err := listen(nbd.Listener{Network: "unix", Address: o.Control, Mode: 0o600})
 	if err != nil {
 		closeAll()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, pending: map[string]string{},
-		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, TLSRequired: o.TLSRequired, Allow: o.Allow})}
+	var compatLn net.Listener
+	if o.CompatSocket != "" {
+		if compatLn, err = listenCompat(o.CompatSocket); err != nil {
+			closeAll()
+			ctlLn.Close()
+			return nil, fmt.Errorf("socket for multipathd's clients: %w (does multipathd itself run?)", err)
+		}
+	}
+	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, targets: paths.NewTargets(), pending: map[string]string{}, pathURLs: map[string]string{}, following: map[string]*follower{}, foundAt: map[string]map[string]bool{}, leaving: make(chan struct{}), names: newNames(),
+		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, Resident: o.Resident})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if o.Metrics != "" {
 		if err := d.serveMetrics(o.Metrics); err != nil {
 			closeAll()
 			ctlLn.Close()
+			if compatLn != nil {
+				compatLn.Close()
+			}
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
 	}
 	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
-	for _, ln := range nbdLns {
-		d.wg.Go(func() { d.server.Serve(ln) })
+	for i, ln := range nbdLns {
+		d.wg.Go(func() { d.server.Serve(ln, specs[i].Access) })
 	}
 	d.wg.Go(func() { d.http.Serve(ctlLn) })
 	d.log.Info("serving", "nbd", o.NBD, "control", o.Control, "initiator", o.InitiatorName)
+	if compatLn != nil {
+		d.startCompat(compatLn)
+	}
+	d.wg.Go(d.removeLeftovers)
 	for _, u := range urls {
 		d.addURL(u)
 	}
@@ -177,33 +227,25 @@ func Start(o Options) (*Daemon, error) {
 	return d, nil
 }
 
-// addURL begins to bring a URL up, once.
-func (d *Daemon) addURL(u initiator.URL) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.ctx.Err() != nil || slices.ContainsFunc(d.urls, func(have initiator.URL) bool { return have.String() == u.String() }) {
-		return
-	}
-	order := len(d.urls)
-	d.urls = append(d.urls, u)
-	d.pending[u.String()] = "connecting"
-	d.wg.Add(1)
-	go func() { defer d.wg.Done(); d.bringUp(u, order) }()
-}
-
 // discover asks a portal for its targets until it answers.
 func (d *Daemon) discover(p Discovery) {
 	wait := 100 * time.Millisecond
 	name := "discovery at " + p.Address
 	logged := ""
-	for d.ctx.Err() == nil {
-		ts, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
+	defer func() {
+		d.mu.Lock()
+		delete(d.pending, name)
+		d.mu.Unlock()
+	}()
+	for d.ctx.Err() == nil && d.discovers(p) {
+		found, err := initiator.Discover(d.ctx, d.sessionConfig(initiator.URL{Address: p.Address, Credentials: p.Credentials}, "discovery "+p.Address))
 		if err == nil {
 			d.mu.Lock()
 			delete(d.pending, name)
 			d.mu.Unlock()
-			d.log.Info("discovered", "portal", p.Address, "targets", len(ts))
-			d.add(p, ts)
+			d.log.Info("discovered", "portal", p.Address, "targets", len(found.Targets))
+			d.add(p, found)
+			d.followPortal(p)
 			return
 		}
 		if err.Error() != logged {
@@ -214,123 +256,53 @@ func (d *Daemon) discover(p Discovery) {
 		d.pending[name] = err.Error()
 		d.mu.Unlock()
 		select {
-		case <-time.After(wait):
+		case <-time.After(retryAfter(err, wait)):
 		case <-d.ctx.Done():
 		}
 		wait = min(2*wait, 5*time.Second)
 	}
 }
 
-// listen opens a socket that only its owner may use. A socket that a dead
-// daemon left is replaced, one in use is an error.
-func listen(spec string) (net.Listener, error) {
-	kind, addr, ok := strings.Cut(spec, ":")
-	switch {
-	case ok && kind == "tcp":
-		return net.Listen("tcp", addr)
-	case !ok || kind != "unix" || addr == "":
-		return nil, fmt.Errorf("%q: want unix:PATH or tcp:HOST:PORT", spec)
+// retryAfter is how long to wait after a failed login: long where only a change
+// of configuration can help.
+func retryAfter(err error, backoff time.Duration) time.Duration {
+	if initiator.Retry(err) == initiator.RetrySlowly {
+		return retrySlowly
 	}
-	if err := os.MkdirAll(filepath.Dir(addr), 0o700); err != nil {
-		return nil, err
-	}
-	if c, err := net.Dial("unix", addr); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("%s is in use by a running daemon: stop it or choose another path", addr)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		os.Remove(addr)
-	}
-	old := syscall.Umask(0o177)
-	ln, err := net.Listen("unix", addr)
-	syscall.Umask(old)
-	return ln, err
+	return backoff
 }
 
-// bringUp tries a URL until its units are in maps. It lives beside all other
-// URLs and holds nothing of theirs.
-func (d *Daemon) bringUp(u initiator.URL, order int) {
-	wait := 100 * time.Millisecond
-	logged := ""
-	for {
-		err := d.tryURL(u, order)
-		d.mu.Lock()
-		if err == nil {
-			delete(d.pending, u.String())
-		} else {
-			d.pending[u.String()] = err.Error()
-		}
-		d.mu.Unlock()
-		if err == nil {
-			return
-		}
-		if d.ctx.Err() != nil {
-			return
-		}
-		if err.Error() != logged {
-			logged = err.Error()
-			d.log.Error("path not usable yet", "url", u.String(), "cause", err)
-		}
-		if errors.Is(err, paths.ErrRefused) {
-			return
-		}
-		select {
-		case <-time.After(wait):
-		case <-d.ctx.Done():
-			return
-		}
-		wait = min(2*wait, 5*time.Second)
-	}
-}
+const retrySlowly = 30 * time.Second
 
 func (d *Daemon) sessionConfig(u initiator.URL, isid string) initiator.Config {
-	return initiator.Config{Address: u.Address, TargetName: u.Target, InitiatorName: d.o.InitiatorName, Credentials: u.Credentials, HeaderDigest: d.o.HeaderDigest, DataDigest: d.o.DataDigest,
+	return initiator.Config{Dial: d.names.dial, Address: u.Address, Home: d.home(u.Address, u.Target), RedirectTo: d.o.RedirectTo, TargetName: u.TargetName(), InitiatorName: d.o.InitiatorName, Credentials: u.Credentials, HeaderDigest: d.o.HeaderDigest, DataDigest: d.o.DataDigest, Lenient: d.o.Lenient,
 		ISID: initiator.PathISID(d.o.InitiatorName, u.Target, isid), FailoverTime: d.o.FailoverTime, QueueDepth: d.o.QueueDepth}
 }
 
-// tryURL logs in once to learn which units there are and who they are, and
-// adds a path for each to its map.
-func (d *Daemon) tryURL(u initiator.URL, order int) error {
-	ctx, cancel := context.WithTimeout(d.ctx, 20*time.Second)
-	defer cancel()
-	s, err := initiator.Open(ctx, d.sessionConfig(u, "probe "+u.Address))
-	if err != nil {
-		return err
-	}
-	defer s.Close(ctx)
-	luns := [][8]byte{scsi.LUNFromNumber(u.LUN)}
-	if !u.HasLUN {
-		if luns, err = initiator.ReportLUNs(ctx, s); err != nil {
-			return err
-		}
-	}
-	var first error
-	for _, lun := range luns {
-		info, err := initiator.Identify(ctx, s, lun)
-		if err == nil {
-			err = d.addPath(u, order, lun, info)
-		} else if u.HasLUN {
-			err = fmt.Errorf("LUN %d of %s: %w", u.LUN, u.Target, err)
-		} else {
-			d.log.Warn("unit left out", "target", u.Target, "lun", scsi.LUNNumber(lun), "cause", err)
-			err = nil
-		}
-		if err != nil && first == nil {
-			first = err
-		}
-	}
-	return first
+// home is where logins to a target through a portal begin, for all its paths.
+func (d *Daemon) home(portal, target string) *initiator.Home {
+	h, _ := d.homes.LoadOrStore(portal+"/"+target, &initiator.Home{})
+	return h.(*initiator.Home)
 }
 
 // addPath puts a path into the map of its unit, making the map if need be.
-func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiator.LUInfo) error {
-	if info.WWID == "" {
-		return fmt.Errorf("%w: LUN %d of %s has no SCSI ID (VPD pages 83 and 80 are empty)", paths.ErrRefused, scsi.LUNNumber(lun), u.Target)
+func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error {
+	u, order := f.u, f.order
+	if u.Transport != initiator.Local {
+		u.LUN, u.HasLUN = lun, true
 	}
-	u.LUN, u.HasLUN = scsi.LUNNumber(lun), true
+	if info.WWID == "" {
+		return fmt.Errorf("%w: %s has no SCSI ID (VPD pages 83 and 80 are empty)", paths.ErrRefused, UnitName(u))
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ctx.Err() != nil {
-		return d.ctx.Err()
+	if f.ctx.Err() != nil {
+		return f.ctx.Err()
+	}
+	if d.o.Refuse != nil {
+		if why := d.o.Refuse(u, info); why != "" {
+			return fmt.Errorf("%w: %s is left alone: %s", paths.ErrRefused, UnitName(u), why)
+		}
 	}
 	merge := slices.ContainsFunc(append([]string{info.WWID}, info.Synonyms...), func(id string) bool { return slices.Contains(d.o.Merge, id) })
 	var m *mapEntry
@@ -339,17 +311,8 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 			m = have
 		}
 	}
-	pc := paths.PathConfig{Name: u.Address + "/" + fmt.Sprint(u.LUN), URL: u.String(), Portal: u.Address, Target: u.Target, LUN: lun, LUNNumber: u.LUN, Order: order}
-	pc.Open = func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (paths.Session, error) {
-		c := d.sessionConfig(u, fmt.Sprint(u.Address, "/", u.LUN))
-		c.OnState, c.OnRoom = onState, onRoom
-		s, err := initiator.Open(ctx, c)
-		if err != nil {
-			return nil, err
-		}
-		return s, nil
-	}
-	pc.OpenAt = func(ctx context.Context, portal string) (paths.Session, error) { return d.openAt(ctx, u, portal) }
+	pc := d.pathConfig(u, order, lun, info)
+	d.pathURLs[pc.Name] = pc.URL
 	if m != nil {
 		_, err := m.group.AddPath(pc, info)
 		return err
@@ -367,6 +330,7 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 		cfg.Alias = info.WWID
 	}
 	d.remember(&cfg, info.WWID, lun)
+	cfg.OnLUNs = func(_, target string) { d.rescan(target) }
 	cfg.OnResize = func(size int64) error { return d.resized(m, size) }
 	m = &mapEntry{alias: cfg.Alias, pinned: pinned}
 	g, err := paths.NewGroup(cfg, info)
@@ -396,17 +360,6 @@ func (d *Daemon) addPath(u initiator.URL, order int, lun [8]byte, info *initiato
 	return nil
 }
 
-// openAt logs in at another portal of u's target as if on u's own path.
-func (d *Daemon) openAt(ctx context.Context, u initiator.URL, portal string) (paths.Session, error) {
-	c := d.sessionConfig(u, fmt.Sprint(u.Address, "/", u.LUN))
-	c.Address = portal
-	s, err := initiator.Open(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	return s, nil
-}
-
 // remember connects a map with the file of unfenced paths: what the run before
 // left there must be fenced first, what this run begins is noted.
 func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
@@ -415,33 +368,43 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 		secrets[u.Target] = u
 	}
 	for name, r := range d.risk.of(wwid) {
-		un := paths.Unfenced{Path: name, LUN: lun, Via: map[string]func(context.Context) (paths.Session, error){}}
+		un := paths.Unfenced{Path: name, Key: reservationKey(d.o.InitiatorName, name), LUN: lun, Via: map[string]func(context.Context) (paths.Session, error){}}
 		if u, err := initiator.ParseURL(r.URL); err == nil {
-			un.LUN = scsi.LUNFromNumber(u.LUN)
+			un.LUN = LUN(u)
 			if have, ok := secrets[u.Target]; ok {
 				u.Credentials = have.Credentials
 			}
-			for _, portal := range r.Portals {
+			portals := slices.Clone(r.Portals)
+			if d.risk.classes()[u.Target] != paths.Untrusted {
+				portals = append(portals, u.Address) // the path may not be configured any more
+			}
+			for _, portal := range portals {
 				un.Via[portal] = func(ctx context.Context) (paths.Session, error) { return d.openAt(ctx, u, portal) }
 			}
 		}
 		d.log.Warn("the run before ended without fencing this path: writes wait until that is done", "path", name, "through", r.Portals)
 		cfg.Unfenced = append(cfg.Unfenced, un)
 	}
-	cfg.OnRisk = func(name string, risk bool, portals []string) {
-		url := ""
-		if addr, lun, ok := strings.Cut(name, "/"); ok {
-			d.mu.Lock()
-			urls := slices.Clone(d.urls)
-			d.mu.Unlock()
-			for _, u := range urls {
-				if u.Address == addr {
-					u.HasLUN, u.Credentials = true, initiator.Credentials{}
-					fmt.Sscan(lun, &u.LUN)
-					url = u.String()
-				}
-			}
+	cfg.Classes, cfg.Targets = d.risk.classes(), d.targets
+	cfg.OnClass = func(target string, c paths.Trust) {
+		if err := d.risk.setClass(target, c); err != nil {
+			d.log.Error("state file not written: what the self-test found is known to this run only", "file", d.o.State, "target", target, "cause", err)
 		}
+	}
+	cfg.Lost = d.risk.lost(wwid)
+	cfg.OnLoss = func(lost bool) {
+		if err := d.risk.setLost(wwid, lost); err != nil {
+			d.log.Error("state file not written: after a crash, it would not be known that acknowledged writes are lost", "file", d.o.State, "cause", err)
+		}
+	}
+	cfg.OnRisk = func(name string, risk bool, portals []string) {
+		d.mu.Lock()
+		url := ""
+		if u, err := initiator.ParseURL(d.pathURLs[name]); err == nil {
+			u.Credentials = initiator.Credentials{}
+			url = u.String()
+		}
+		d.mu.Unlock()
 		if err := d.risk.set(wwid, name, risk, riskPath{url, portals}); err != nil {
 			d.log.Error("state file not written: after a crash, writes under way on this path would not be known", "file", d.o.State, "cause", err)
 		}
@@ -469,8 +432,9 @@ func (d *Daemon) attach(m *mapEntry) {
 // Server is the NBD server, for attaching.
 func (d *Daemon) Server() *nbd.Server { return d.server }
 
-// Stop detaches, answers what is in flight, logs out and closes everything,
-// within the time of ctx.
+// Stop detaches the kernel devices that nobody uses, answers what is in flight,
+// logs out and closes everything, within the time of ctx. A device in use is
+// left to the next run: its users wait, instead of failing.
 func (d *Daemon) Stop(ctx context.Context) error { return d.stop(ctx, true) }
 
 // Leave is Stop without detaching: I/O on the kernel devices waits for the next
@@ -481,12 +445,8 @@ func (d *Daemon) stop(ctx context.Context, detach bool) error {
 	d.mu.Lock()
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
-	for _, m := range maps {
-		if m.kernel.Detach != nil && detach {
-			if err := m.kernel.Detach(); err != nil {
-				d.log.Warn("detach failed", "device", m.kernel.Path, "cause", err)
-			}
-		}
+	if detach {
+		d.detachIdle(maps)
 	}
 	d.cancel()
 	drain, cancel := context.WithTimeout(ctx, 5*time.Second)
@@ -498,6 +458,9 @@ func (d *Daemon) stop(ctx context.Context, detach bool) error {
 		go func() { defer wg.Done(); m.group.Close(ctx) }()
 	}
 	wg.Wait()
+	if err := kernel.Settle(ctx); err != nil {
+		d.log.Error("stop", "cause", err)
+	}
 	d.events.close()
 	d.http.Close()
 	if d.metrics != nil {

@@ -2,6 +2,8 @@ package daemon
 
 import (
 	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"log/slog"
@@ -41,4 +43,12 @@ func InitiatorName(log *slog.Logger) (string, error) {
 		log.Warn("the generated initiator name could not be kept and changes at the next start; give one with --initiator", "name", name, "cause", fmt.Sprint(err))
 	}
 	return name, nil
+}
+
+// reservationKey is a path's key for persistent reservations: the same in each
+// run, so that a key that a crash left is known. "mp", three bytes of the
+// initiator's name, three of the path's.
+func reservationKey(initiator, path string) uint64 {
+	host, own := sha256.Sum256([]byte(initiator)), sha256.Sum256([]byte(path))
+	return binary.BigEndian.Uint64([]byte{'m', 'p', host[0], host[1], host[2], own[0], own[1], own[2]})
 }

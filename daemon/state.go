@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/mpathd/mpathd/internal/sys"
+	"github.com/mpathd/mpathd/paths"
 )
 
 // riskFile remembers which paths may have writes under way, so that the run
@@ -20,11 +23,25 @@ type riskFile struct {
 	path string
 	mu   sync.Mutex
 	data riskData
+
+	// Many paths come up at once: one write serves all that wait for it.
+	next    *riskWrite // includes every change so far; nil: there was none since the last began
+	writing sync.Mutex // held during a write
+	changes uint64     // so far
+	durable uint64     // of those, the ones in the file
+}
+
+// riskWrite is a write of the file that begins when the one before has ended.
+type riskWrite struct {
+	done chan struct{}
+	err  error
 }
 
 type riskData struct {
 	Version int                            `json:"version"`
-	Maps    map[string]map[string]riskPath `json:"maps"` // WWID, path name
+	Maps    map[string]map[string]riskPath `json:"maps"`              // WWID, path name
+	Targets map[string]paths.Trust         `json:"targets,omitempty"` // what the self-test found, by target name
+	Lost    map[string]bool                `json:"lost,omitempty"`    // WWIDs: acknowledged writes are lost, and no flush has failed for it yet
 }
 
 type riskPath struct {
@@ -49,6 +66,9 @@ func openRiskFile(path string) (*riskFile, error) {
 	if err == nil && r.data.Version != 1 {
 		err = fmt.Errorf("version %d", r.data.Version)
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("state file %s: %w: run mpathd as its owner, usually root, or give this run a file of its own with --state", path, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("state file %s: %w: if no earlier run can have writes under way, remove it", path, err)
 	}
@@ -69,14 +89,14 @@ func (r *riskFile) of(wwid string) map[string]riskPath {
 	return out
 }
 
-// set changes one path and makes the file durable.
+// set changes one path; the file is durable when it returns.
 func (r *riskFile) set(wwid, name string, risk bool, p riskPath) error {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	m := r.data.Maps[wwid]
-	if _, have := m[name]; !risk && !have {
-		return nil
+	if have, ok := m[name]; risk == ok && (!risk || have.URL == p.URL && slices.Equal(have.Portals, p.Portals)) {
+		return r.save()
 	}
+	r.changes++
 	if risk {
 		if m == nil {
 			m = map[string]riskPath{}
@@ -86,15 +106,88 @@ func (r *riskFile) set(wwid, name string, risk bool, p riskPath) error {
 	} else if delete(m, name); len(m) == 0 {
 		delete(r.data.Maps, wwid)
 	}
-	if r.path == "" {
+	return r.save()
+}
+
+// lost tells whether the next flush of a map must fail.
+func (r *riskFile) lost(wwid string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.data.Lost[wwid]
+}
+
+// setLost remembers it.
+func (r *riskFile) setLost(wwid string, lost bool) error {
+	r.mu.Lock()
+	if r.data.Lost[wwid] == lost {
+		return r.save()
+	}
+	r.changes++
+	if r.data.Lost == nil {
+		r.data.Lost = map[string]bool{}
+	}
+	if r.data.Lost[wwid] = lost; !lost {
+		delete(r.data.Lost, wwid)
+	}
+	return r.save()
+}
+
+// classes are the classes of targets.
+func (r *riskFile) classes() map[string]paths.Trust {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.data.Targets)
+}
+
+// setClass remembers what a target is.
+func (r *riskFile) setClass(target string, c paths.Trust) error {
+	r.mu.Lock()
+	if r.data.Targets[target] == c {
+		return r.save()
+	}
+	r.changes++
+	if r.data.Targets == nil {
+		r.data.Targets = map[string]paths.Trust{}
+	}
+	r.data.Targets[target] = c
+	return r.save()
+}
+
+// save waits until the file says what the data says. Caller holds mu, which it
+// gives up.
+func (r *riskFile) save() error {
+	if r.path == "" || r.durable == r.changes {
+		r.mu.Unlock()
 		return nil
 	}
+	w := r.next
+	if w != nil {
+		r.mu.Unlock()
+		<-w.done
+		return w.err
+	}
+	w = &riskWrite{done: make(chan struct{})}
+	r.next = w
+	r.mu.Unlock()
+	r.writing.Lock()
+	defer r.writing.Unlock()
+	r.mu.Lock()
+	r.next = nil // later changes are for the next one
+	covers := r.changes
 	b, err := json.MarshalIndent(&r.data, "", " ")
-	if err != nil {
-		return err
+	r.mu.Unlock()
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(r.path), 0o700)
 	}
-	if err := os.MkdirAll(filepath.Dir(r.path), 0o700); err != nil {
-		return err
+	if err == nil {
+		err = sys.ReplaceFile(r.path, append(b, '\n'), 0o600)
 	}
-	return sys.ReplaceFile(r.path, append(b, '\n'), 0o600)
+	if err == nil {
+		r.mu.Lock()
+		r.durable = covers
+		r.mu.Unlock()
+	}
+	w.err = err
+	close(w.done)
+	return err
 }

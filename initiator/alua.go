@@ -2,7 +2,6 @@ package initiator
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/mpathd/mpathd/scsi"
 )
@@ -27,22 +26,11 @@ func TargetPortGroups(ctx context.Context, d Doer, lun [8]byte) ([]scsi.PortGrou
 // 6.45). It returns when the target says that it did, or refuses.
 func ActivatePortGroup(ctx context.Context, d Doer, lun [8]byte, group uint16) error {
 	cdb, list := scsi.SetTargetPortGroups(group, scsi.ActiveOptimized)
-	for try := 0; ; try++ {
-		c := &Command{LUN: lun, CDB: cdb, Dir: DataOut, Data: list, ShortOK: true}
-		if err := d.Do(ctx, c); err != nil {
-			return fmt.Errorf("SET TARGET PORT GROUPS: %w", err)
-		}
-		if c.Result.Status == scsi.StatusGood {
-			return nil
-		}
-		e := &StatusError{"SET TARGET PORT GROUPS", c.Result.Status, scsi.ParseSense(c.Result.SenseData())}
-		if e.Sense.Key != scsi.KeyUnitAttention || try == attentions {
-			return e
-		}
-	}
+	_, err := one(ctx, d, lun, &question{op: "SET TARGET PORT GROUPS", cdb: cdb, out: list})
+	return err
 }
 
 // InquiryData is the standard INQUIRY data as the unit gives it, up to 255 bytes.
 func InquiryData(ctx context.Context, d Doer, lun [8]byte) ([]byte, error) {
-	return run(ctx, d, "INQUIRY", lun, scsi.Inquiry(false, 0, 255), 255)
+	return one(ctx, d, lun, inquiry())
 }

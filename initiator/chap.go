@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,170 +22,221 @@ import (
 
 // security passes CSG 0: no authentication, or CHAP in one direction or both (RFC 7143 12.1).
 func (lg *login) security() error {
-	if lg.c.User == "" {
-		lg.out = pdu.AppendKey(lg.out, "AuthMethod", "None")
-		for range loginExchanges {
-			keys, h, err := lg.exchange(pdu.StageSecurity, pdu.StageOperational, true)
-			if err != nil {
-				return err
-			}
-			if m, ok := find(keys, "AuthMethod"); ok && m != "None" {
-				return errors.New("the target wants authentication: set a CHAP user and secret")
-			}
-			if err := lg.settle(keys); err != nil {
-				return err
-			}
-			if h.IsFinal() {
-				return nil
-			}
+	if lg.c.User != "" {
+		return lg.chap()
+	}
+	lg.say("AuthMethod", "None")
+	for {
+		h, err := lg.exchange(pdu.StageSecurity, pdu.StageOperational, true)
+		if err != nil {
+			return err
 		}
-		return errors.New("the target does not end the security stage")
+		if m, ok := lg.auth["AuthMethod"]; ok && m != "None" {
+			return settingError{errors.New("the target wants authentication: set a CHAP user and secret")}
+		}
+		if h.IsFinal() {
+			return nil
+		}
 	}
-	lg.out = pdu.AppendKey(lg.out, "AuthMethod", "CHAP")
-	keys, h, err := lg.exchange(pdu.StageSecurity, 0, false)
-	if err != nil {
+}
+
+// chap proves us to the target, and with a mutual secret the target to us. Only
+// the request that carries our answer, and what follows it, asks to leave the
+// stage: some targets fail otherwise.
+func (lg *login) chap() error {
+	lg.say("AuthMethod", "CHAP")
+	if err := lg.await("AuthMethod"); err != nil {
 		return err
 	}
-	if m, _ := find(keys, "AuthMethod"); m != "CHAP" || h.IsFinal() {
-		return errors.New("the target does not authenticate with CHAP although a user is configured")
+	if m := lg.auth["AuthMethod"]; m != "CHAP" {
+		return unsettled("the target does not authenticate with CHAP although a user is configured (it says AuthMethod=%.16q)", m)
 	}
-	if err := lg.settle(keys); err != nil {
+	lg.say("CHAP_A", lg.algorithms())
+	if err := lg.await("CHAP_A"); err != nil {
 		return err
 	}
-	algorithms := "8,7,6,5"
-	if lg.md5Only {
-		algorithms = "5"
-	}
-	lg.out = pdu.AppendKey(lg.out, "CHAP_A", algorithms)
-	if keys, _, err = lg.exchange(pdu.StageSecurity, 0, false); err != nil {
-		return err
-	}
-	if a, _ := find(keys, "CHAP_A"); a == "Reject" || a == "NotUnderstood" {
+	if noAnswer(lg.auth["CHAP_A"]) {
 		return errAlgorithms
 	}
-	mutual := lg.c.MutualSecret != ""
-	if mutual && lg.c.MutualSecret == lg.c.Secret {
-		return errors.New("mutual CHAP: both directions have the same secret, which proves nothing: choose another one")
-	}
-	alg, _ := find(keys, "CHAP_A")
-	if lg.md5Only && alg != "5" {
+	alg := lg.auth["CHAP_A"]
+	if !slices.Contains(strings.Split(lg.offered["CHAP_A"], ","), alg) {
 		return breach("CHAP algorithm %.16q was not offered", alg)
 	}
-	answer, err := chapResponse(keys, lg.c.Secret)
+	answer, err := lg.chapAnswer(alg)
 	if err != nil {
 		return err
 	}
 	lg.answered = true
-	lg.out = pdu.AppendKey(lg.out, "CHAP_N", lg.c.User)
-	lg.out = pdu.AppendKey(lg.out, "CHAP_R", "0x"+hex.EncodeToString(answer))
-	var challenge [32]byte
-	var id [1]byte
-	if mutual {
-		rand.Read(challenge[:])
-		rand.Read(id[:])
-		challenges.Store(challenge, true)
-		defer challenges.Delete(challenge)
-		lg.out = pdu.AppendKey(lg.out, "CHAP_I", strconv.Itoa(int(id[0])))
-		lg.out = pdu.AppendKey(lg.out, "CHAP_C", "0x"+hex.EncodeToString(challenge[:]))
+	lg.say("CHAP_N", lg.c.User)
+	lg.say("CHAP_R", "0x"+hex.EncodeToString(answer))
+	if lg.c.MutualSecret == "" {
+		return lg.leaveSecurity()
 	}
-	if keys, h, err = lg.exchange(pdu.StageSecurity, pdu.StageOperational, true); err != nil {
-		return err
+	return lg.mutual(alg, answer)
+}
+
+// await goes on in the security stage, with empty requests if need be, until
+// the target has said a key.
+func (lg *login) await(name string) error {
+	for {
+		if _, err := lg.exchange(pdu.StageSecurity, 0, false); err != nil {
+			return err
+		}
+		if _, ok := lg.auth[name]; ok {
+			return nil
+		}
 	}
-	if mutual {
-		if err := lg.proveTarget(keys, alg, id[0], challenge[:], answer); err != nil {
+}
+
+// leaveSecurity asks to go on until the target does.
+func (lg *login) leaveSecurity() error {
+	for {
+		h, err := lg.exchange(pdu.StageSecurity, pdu.StageOperational, true)
+		if err != nil || h.IsFinal() {
 			return err
 		}
 	}
-	if !h.IsFinal() {
-		return breach("it took our CHAP answer and did not go on")
-	}
-	return nil
 }
 
 // errAlgorithms: the target rejected our list of CHAP algorithms.
-var errAlgorithms = errors.New("the target knows none of the CHAP algorithms offered")
+var errAlgorithms error = settingError{errors.New("the target knows none of the CHAP algorithms offered: see chap_algs")}
 
 // challenges are those of all logins under way: a target that sends one back
 // wants us to compute its own answer (RFC 7143 9.2.1).
 var challenges sync.Map
 
-// proveTarget checks the target's answer to our challenge.
-func (lg *login) proveTarget(keys []pdu.Key, alg string, id byte, challenge, ours []byte) error {
-	name, ok := find(keys, "CHAP_N")
-	text, ok2 := find(keys, "CHAP_R")
-	if !ok || !ok2 {
-		return errors.New("mutual CHAP: the target did not prove who it is")
+// mutual challenges the target with our answer, and checks its own before the
+// stage is left: one that goes on without has proved nothing.
+func (lg *login) mutual(alg string, ours []byte) error {
+	var challenge [32]byte
+	var id [1]byte
+	rand.Read(challenge[:])
+	rand.Read(id[:])
+	challenges.Store(challenge, true)
+	defer challenges.Delete(challenge)
+	lg.say("CHAP_I", strconv.Itoa(int(id[0])))
+	lg.say("CHAP_C", "0x"+hex.EncodeToString(challenge[:]))
+	if err := lg.leaveSecurity(); err != nil {
+		return err
+	}
+	name, named := lg.auth["CHAP_N"]
+	text, answered := lg.auth["CHAP_R"]
+	if !named || !answered {
+		return settingError{errors.New("mutual CHAP: the target did not prove who it is: set an outgoing user and secret there")}
 	}
 	answer, err := binaryValue(text)
-	if err != nil {
-		return breach("bad CHAP response")
+	if err != nil || len(answer) != len(ours) {
+		return breach("bad CHAP response of %d bytes", len(answer))
 	}
 	if subtle.ConstantTimeCompare(answer, ours) == 1 {
-		return errors.New("mutual CHAP: the target reflected our own answer")
+		return settingError{errors.New("mutual CHAP: the target reflected our own answer")}
 	}
 	if lg.c.MutualUser != "" && name != lg.c.MutualUser {
-		return fmt.Errorf("mutual CHAP: the target calls itself %.64q, mutual_chap_user says %q", name, lg.c.MutualUser)
+		return unsettled("mutual CHAP: the target calls itself %.64q, mutual_chap_user says %q", name, lg.c.MutualUser)
 	}
-	h := chapHash(alg)
-	h.Write([]byte{id})
-	h.Write([]byte(lg.c.MutualSecret))
-	h.Write(challenge)
-	if subtle.ConstantTimeCompare(answer, h.Sum(nil)) != 1 {
-		return errors.New("mutual CHAP: the target does not know the mutual secret: check mutual_chap_secret_file, or whom you are talking to")
+	switch {
+	case subtle.ConstantTimeCompare(answer, chapHash(alg, id[0], lg.c.MutualSecret, challenge[:])) == 1:
+		return nil
+	case subtle.ConstantTimeCompare(answer, chapHash(alg, id[0], lg.c.Secret, challenge[:])) == 1:
+		return settingError{errors.New("mutual CHAP: the target has the same secret for both directions, which proves nothing: choose another one there")}
 	}
-	return nil
+	return settingError{errors.New("mutual CHAP: the target does not know the mutual secret: check mutual_chap_secret_file, or whom you are talking to")}
 }
 
-// chapHash is the algorithm of a CHAP_A number, nil for one that was not offered.
-func chapHash(alg string) hash.Hash {
-	switch alg {
-	case "5":
-		return md5.New()
-	case "6":
-		return sha1.New()
-	case "7":
-		return sha256.New()
-	case "8":
-		return sha3.New256()
+// chapAnswer is our answer to the target's challenge.
+func (lg *login) chapAnswer(alg string) ([]byte, error) {
+	id, ok := parseNumber(lg.auth["CHAP_I"])
+	if !ok || id > 255 {
+		return nil, breach("CHAP_I=%.16q", lg.auth["CHAP_I"])
 	}
-	return nil
-}
-
-func find(keys []pdu.Key, name string) (string, bool) {
-	for _, k := range keys {
-		if k.Name == name {
-			return k.Value, true
-		}
-	}
-	return "", false
-}
-
-// chapResponse is H(identifier, secret, challenge) (RFC 1994 4.1).
-func chapResponse(keys []pdu.Key, secret string) ([]byte, error) {
-	alg, _ := find(keys, "CHAP_A")
-	h := chapHash(alg)
-	if h == nil {
-		return nil, breach("CHAP algorithm %.16q was not offered", alg)
-	}
-	idText, _ := find(keys, "CHAP_I")
-	id, err := strconv.ParseUint(idText, 0, 8)
-	if err != nil {
-		return nil, breach("CHAP_I=%.16q", idText)
-	}
-	text, _ := find(keys, "CHAP_C")
-	challenge, err := binaryValue(text)
-	if err != nil || len(challenge) == 0 || len(challenge) > 1024 {
+	challenge, err := binaryValue(lg.auth["CHAP_C"])
+	if err != nil || len(challenge) == 0 || len(challenge) > maxChallenge {
 		return nil, breach("bad CHAP challenge")
 	}
 	if len(challenge) == 32 {
 		if _, reflected := challenges.Load([32]byte(challenge)); reflected {
-			return nil, errors.New("CHAP: the target sent a challenge of ours back: it does not know the secret itself")
+			return nil, settingError{errors.New("CHAP: the target sent a challenge of ours back: it does not know the secret itself")}
 		}
 	}
-	h.Write([]byte{byte(id)})
-	h.Write([]byte(secret))
+	return chapHash(alg, byte(id), lg.c.Secret, challenge), nil
+}
+
+const maxChallenge = 1024 // bytes of CHAP_C (RFC 7143 12.1.3)
+
+// chapHash is H(identifier, secret, challenge) (RFC 1994 4.1).
+func chapHash(alg string, id byte, secret Secret, challenge []byte) []byte {
+	h := chapHashes[alg]()
+	s := []byte(secret)
+	h.Write([]byte{id})
+	h.Write(s)
 	h.Write(challenge)
-	return h.Sum(nil), nil
+	clear(s)
+	return h.Sum(nil)
+}
+
+// chapHashes are the algorithms by their CHAP_A number (RFC 7143 12.1.3 and
+// IANA's list for the two last).
+var chapHashes = map[string]func() hash.Hash{
+	"5": md5.New, "6": sha1.New, "7": sha256.New, "8": func() hash.Hash { return sha3.New256() },
+}
+
+// Algorithms is a set of CHAP algorithms; empty means all.
+type Algorithms uint8
+
+// The algorithms.
+const (
+	MD5 Algorithms = 1 << iota
+	SHA1
+	SHA256
+	SHA3
+)
+
+// chapNames are in the order in which algorithms are offered: by strength.
+var chapNames = []struct {
+	name, number string
+	bit          Algorithms
+}{{"SHA3-256", "8", SHA3}, {"SHA256", "7", SHA256}, {"SHA1", "6", SHA1}, {"MD5", "5", MD5}}
+
+func (a Algorithms) allows(x Algorithms) bool { return a == 0 || a&x != 0 }
+
+// ParseAlgorithms reads a list like "SHA3-256,SHA256,SHA1,MD5", in any order and
+// case: the strongest is always offered first.
+func ParseAlgorithms(v string) (a Algorithms, err error) {
+next:
+	for word := range strings.SplitSeq(v, ",") {
+		for _, n := range chapNames {
+			if strings.EqualFold(strings.TrimSpace(word), n.name) {
+				a |= n.bit
+				continue next
+			}
+		}
+		return 0, fmt.Errorf("%.40q: want some of SHA3-256, SHA256, SHA1, MD5, with commas", v)
+	}
+	return a, nil
+}
+
+// algorithms is the value of CHAP_A.
+func (lg *login) algorithms() string {
+	var list []string
+	for _, n := range chapNames {
+		if lg.c.Algorithms.allows(n.bit) && (!lg.md5Only || n.bit == MD5) {
+			list = append(list, n.number)
+		}
+	}
+	return strings.Join(list, ",")
+}
+
+// offersMore tells whether something else than MD5 was offered.
+func (lg *login) offersMore() bool { return lg.algorithms() != "5" }
+
+// algorithmsRefused tells whether a login may have failed for the list of
+// algorithms alone: LIO before 3.15 and Synology refuse any list, and tgt means
+// SHA-1 by 7, where everybody else means SHA-256, so that our answer is wrong.
+// A refusal of any other answer is about user or secret.
+func (lg *login) algorithmsRefused(err error) bool {
+	var denied *LoginError
+	return errors.Is(err, errAlgorithms) ||
+		errors.As(err, &denied) && denied.Class == 2 && denied.Detail <= 1 && (!lg.answered || lg.auth["CHAP_A"] == "7")
 }
 
 // binaryValue decodes 0x hex and 0b base64 (RFC 7143 6.1).
@@ -193,7 +245,10 @@ func binaryValue(v string) ([]byte, error) {
 	case strings.HasPrefix(v, "0x"), strings.HasPrefix(v, "0X"):
 		return hex.DecodeString(v[2:])
 	case strings.HasPrefix(v, "0b"), strings.HasPrefix(v, "0B"):
-		return base64.StdEncoding.DecodeString(v[2:])
+		if strings.ContainsAny(v, "\r\n") { // which the decoder would skip
+			break
+		}
+		return base64.StdEncoding.Strict().DecodeString(v[2:])
 	}
 	return nil, errors.New("neither hex nor base64")
 }

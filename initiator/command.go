@@ -37,7 +37,7 @@ const MaxSense = 96
 // Result is the outcome of a command. Err tells a transport outcome; with
 // Err nil, Status and Sense hold what the target said (SAM-5 5.3.1).
 type Result struct {
-	Err      error // nil, or ErrSessionLost, ErrTargetFailure, ErrShort, ErrTimeout, ErrAborted
+	Err      error // nil, or ErrSessionLost, ErrTargetFailure, ErrShort, ErrOverflow, ErrTimeout, ErrAborted
 	Status   uint8 // SAM status, valid with Err == nil
 	SenseLen uint8
 	Sense    [MaxSense]byte
@@ -57,6 +57,9 @@ var (
 	ErrTargetFailure = errors.New("target failure")
 	// ErrShort: GOOD status, but fewer bytes moved than a full-length command asked for.
 	ErrShort = errors.New("short transfer")
+	// ErrOverflow: GOOD status, but the target had more data than the command's
+	// buffer: it understood another length.
+	ErrOverflow = errors.New("the target had more data to transfer than was asked for")
 	// ErrTimeout: no answer in time although the session lives.
 	ErrTimeout = errors.New("command timed out")
 	// ErrAborted: the command was rejected or aborted and may be issued again.

@@ -2,9 +2,14 @@ package initiator
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/mpathd/mpathd/initiator/pdu"
 )
@@ -12,119 +17,155 @@ import (
 // Portal is an address of a target and its portal group.
 type Portal struct {
 	Address string // host:port
-	Group   int
+	Group   int    // target portal group tag, -1 if the target does not tell
 }
 
 // DiscoveredTarget is one target of a SendTargets answer.
 type DiscoveredTarget struct {
-	Name    string
+	Name    string // as the target spells it
 	Portals []Portal
 }
 
-const maxDiscovered = 4096
+// Discovered is what a portal said of itself. Skipped says what of it cannot be
+// used and why; it is fit for a log, whatever the portal sent.
+type Discovered struct {
+	Targets []DiscoveredTarget // in its order
+	Skipped []string
+}
+
+const (
+	maxDiscovered = 4096 // targets
+	maxSkipped    = 64   // messages
+	logoutTime    = 500 * time.Millisecond
+)
 
 // Discover asks a portal which targets it serves (RFC 7143 appendix C).
-func Discover(ctx context.Context, c Config) ([]DiscoveredTarget, error) {
-	c.TargetName = ""
-	if c.FailoverTime <= 0 {
-		c.FailoverTime = time.Second
-	}
+func Discover(ctx context.Context, c Config) (Discovered, error) {
+	c.TargetName, c.QueueDepth = "", 1
+	c.Offer = Offer{MaxData: maxTextPDU}
+	c.OnState, c.OnRoom = nil, nil
 	if c.LoginTimeout <= 0 {
-		c.LoginTimeout = 5 * time.Second
+		c.LoginTimeout = defaultLoginTimeout
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.LoginTimeout)
 	defer cancel()
-	if c.Dial == nil {
-		c.Dial = defaultDial
-	}
-	ts, err := discover(ctx, &c)
+	found, err := discover(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("discovery at %s: %w", c.Address, err)
+		return Discovered{}, fmt.Errorf("discovery at %s: %w", c.Address, err)
 	}
-	return ts, nil
+	return found, nil
 }
 
-func discover(ctx context.Context, c *Config) ([]DiscoveredTarget, error) {
-	conn, lg, err := connectAndLogin(ctx, c)
+func discover(ctx context.Context, c Config) (Discovered, error) {
+	c.complete()
+	s, err := open(ctx, c)
 	if err != nil {
-		return nil, err
+		return Discovered{}, err
 	}
-	defer conn.Close()
-	if d, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(d)
-	}
-	var text []byte
-	ask, ttt, cmdSN, expStatSN := pdu.AppendKey(nil, "SendTargets", "All"), pdu.NoTag, lg.cmdSN, lg.expStatSN
-	for range loginExchanges {
-		var h pdu.Header
-		h[0], h[1] = uint8(pdu.OpTextReq), pdu.Final
-		h.SetITT(1)
-		h.SetTTT(ttt)
-		h.SetCmdSN(cmdSN)
-		h.SetExpStatSN(expStatSN)
-		if err := writePDU(conn, &h, ask); err != nil {
-			return nil, err
-		}
-		ask = nil
-		data, err := readPDU(conn, &h)
-		if err != nil {
-			return nil, err
-		}
-		if h.Opcode() != pdu.OpTextResp {
-			return nil, breach("opcode %#02x as answer to SendTargets", h.Opcode())
-		}
-		if text = append(text, data...); len(text) > pdu.MaxTextLen {
-			return nil, breach("target list without end")
-		}
-		expStatSN = h.StatSN() + 1
-		cmdSN++
-		if ttt = h.TTT(); h.IsFinal() {
-			return parseTargets(text)
-		}
-	}
-	return nil, breach("target list without end")
+	found, err := s.SendTargets(ctx, "All")
+	end, cancel := context.WithTimeout(context.Background(), logoutTime)
+	defer cancel()
+	s.Close(end)
+	return found, err
 }
 
-// parseTargets reads the joined answer to SendTargets, in order.
-func parseTargets(text []byte) ([]DiscoveredTarget, error) {
-	keys, err := pdu.ParseKeys(text)
+// parseTargets reads the joined answer to SendTargets that came from portal
+// from. What it cannot use costs the target or portal that it is about, what
+// makes no sense as a whole the answer.
+func parseTargets(text []byte, from string) (Discovered, error) {
+	var found Discovered
+	keys, err := pdu.ParseList(text, maxList, maxList/8)
 	if err != nil {
-		return nil, breach("%v", err)
+		return found, breach("%v", err)
 	}
-	var ts []DiscoveredTarget
+	skip := func(format string, a ...any) {
+		if len(found.Skipped) < maxSkipped {
+			found.Skipped = append(found.Skipped, fmt.Sprintf(format, a...))
+		}
+	}
+	var t *DiscoveredTarget // nil: none yet, or one to skip
+	named, addressed, targets := false, false, 0
+	complete := func() {
+		if t != nil && !addressed { // the default: where we asked
+			t.Portals = append(t.Portals, Portal{from, -1})
+		}
+	}
 	for _, k := range keys {
 		switch k.Name {
 		case "TargetName":
-			if !validName(k.Value) {
-				return nil, breach("target name %.64q", k.Value)
+			complete()
+			named, addressed, t = true, false, nil
+			if targets++; targets > maxDiscovered {
+				return Discovered{}, fmt.Errorf("the portal names more than %d targets: let it show this initiator only its own, or name the target in the configuration", maxDiscovered)
 			}
-			if len(ts) == maxDiscovered {
-				return nil, breach("more than %d targets", maxDiscovered)
+			if !validName(strings.ToLower(k.Value)) {
+				skip("target name %.80q is not valid", k.Value)
+				continue
 			}
-			ts = append(ts, DiscoveredTarget{Name: k.Value})
+			found.Targets = append(found.Targets, DiscoveredTarget{Name: k.Value})
+			t = &found.Targets[len(found.Targets)-1]
 		case "TargetAddress":
-			if len(ts) == 0 {
-				return nil, breach("an address before any target name")
+			if !named {
+				return Discovered{}, breach("an address before any target name")
+			}
+			if addressed = true; t == nil {
+				continue
 			}
 			a, tag, err := splitPortal(k.Value)
-			if err != nil {
-				return nil, breach("target address %.64q", k.Value)
+			if err == nil {
+				a, err = reachable(a, from)
 			}
-			t := &ts[len(ts)-1]
-			t.Portals = append(t.Portals, Portal{a, tag})
+			if err != nil {
+				skip("portal %.80q of %s: %v", k.Value, t.Name, err)
+				continue
+			}
+			if p := (Portal{a, tag}); !slices.Contains(t.Portals, p) {
+				t.Portals = append(t.Portals, p)
+			}
 		}
 	}
-	return ts, nil
+	complete()
+	return found, nil
 }
 
-// validName checks an iSCSI name (RFC 7143 4.2.7.1): iqn., eui. or naa., at
-// most 223 bytes, nothing that could be a path or a terminal escape.
+// reachable rules out addresses that no route leads to, which many targets
+// list: those of their own loopback or of a link without a name. A link-local
+// IPv6 address gets the zone through which we asked.
+func reachable(address, from string) (string, error) {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return address, nil // a name
+	}
+	var asked netip.Addr
+	if f, err := netip.ParseAddrPort(from); err == nil {
+		asked = f.Addr()
+	}
+	a := ap.Addr().Unmap()
+	switch {
+	case a.IsUnspecified(), a.IsMulticast():
+		return "", errors.New("not an address to connect to")
+	case a.IsLoopback() && !asked.IsLoopback() && asked.IsValid():
+		return "", errors.New("the target's own loopback address")
+	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
+		if asked.Zone() == "" {
+			return "", errors.New("a link-local address, without the interface that leads there")
+		}
+		return netip.AddrPortFrom(a.WithZone(asked.Zone()), ap.Port()).String(), nil
+	case a.Is4() && a.IsLinkLocalUnicast() && asked.IsValid() && !asked.IsLinkLocalUnicast():
+		return "", errors.New("a link-local address")
+	}
+	return address, nil
+}
+
+// validName checks a normalised iSCSI name (RFC 7143 4.2.7.1): iqn., eui. or
+// naa., at most 223 bytes of UTF-8, nothing that could be a path or a terminal
+// escape.
 func validName(n string) bool {
-	if len(n) > 223 || !(strings.HasPrefix(n, "iqn.") || strings.HasPrefix(n, "eui.") || strings.HasPrefix(n, "naa.")) || strings.Contains(n, "..") {
+	if len(n) > 223 || !utf8.ValidString(n) || !(strings.HasPrefix(n, "iqn.") || strings.HasPrefix(n, "eui.") || strings.HasPrefix(n, "naa.")) || strings.Contains(n, "..") {
 		return false
 	}
 	for _, r := range n {
-		if r <= ' ' || r == '/' || r == '\\' || r == 0x7f || strings.ContainsRune("\"'`;<>", r) {
+		if r <= ' ' || r == '/' || r == '\\' || !unicode.IsPrint(r) || strings.ContainsRune("\"'`;<>", r) {
 			return false
 		}
 	}

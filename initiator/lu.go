@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/mpathd/mpathd/scsi"
 )
@@ -30,6 +29,9 @@ type LUInfo struct {
 	MaxTransfer, OptTransfer             uint32 // blocks, 0 unlimited
 	MaxUnmap                             uint32 // blocks, 0 unlimited
 	MaxWriteSame                         uint64 // blocks, 0 unlimited
+	TransferGranularity                  uint32 // blocks; transfers that are no multiple are slow
+	UnmapGranularity, UnmapAlignment     uint32 // blocks; UNMAP of less than a granule does nothing
+	UnmapSame                            bool   // LBPWS: WRITE SAME may deallocate
 	Use16                                bool   // 16-byte READ and WRITE
 	TPGS                                 uint8  // scsi.TPGSImplicit, scsi.TPGSExplicit
 	// Standby says that the unit is in an asymmetric access state, through this
@@ -54,38 +56,6 @@ func (e *StatusError) Error() string {
 	return e.Op + ": " + scsi.StatusText(e.Status)
 }
 
-const attentions = 8 // unit attentions and busy answers that a control command rides out
-
-// run issues a command, rides out unit attentions, and returns its Data-In.
-func run(ctx context.Context, d Doer, op string, lun [8]byte, cdb scsi.CDB, alloc int) ([]byte, error) {
-	for try := 0; ; try++ {
-		c := &Command{LUN: lun, CDB: cdb, ShortOK: true}
-		if alloc > 0 {
-			c.Dir, c.Data = DataIn, make([]byte, alloc)
-		}
-		if err := d.Do(ctx, c); err != nil {
-			return nil, fmt.Errorf("%s: %w", op, err)
-		}
-		r := &c.Result
-		if r.Status == scsi.StatusGood {
-			return c.Data[:min(int(r.Received), len(c.Data))], nil
-		}
-		e := &StatusError{op, r.Status, scsi.ParseSense(r.SenseData())}
-		again := r.Status == scsi.StatusBusy || r.Status == scsi.StatusTaskSetFull || r.Status == scsi.StatusTaskAborted ||
-			r.Status == scsi.StatusCheckCondition && (e.Sense.Key == scsi.KeyUnitAttention || e.Sense.Deferred)
-		if !again || try == attentions {
-			return nil, e
-		}
-		if r.Status != scsi.StatusCheckCondition {
-			select {
-			case <-time.After(50 * time.Millisecond):
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-		}
-	}
-}
-
 // refusedByLU tells a target's refusal, which an optional command may meet,
 // from a transport failure.
 func refusedByLU(err error) bool {
@@ -99,128 +69,218 @@ func TestUnitReady(ctx context.Context, d Doer, lun [8]byte) error {
 	return err
 }
 
+// StartUnit starts a unit that says it needs START UNIT (SBC-3 5.25); it returns
+// when the unit is ready or refuses.
+func StartUnit(ctx context.Context, d Doer, lun [8]byte) error {
+	_, err := run(ctx, d, "START STOP UNIT", lun, scsi.StartUnit(), 0)
+	return err
+}
+
 // ReportLUNs lists the target's raw LUNs (SPC-4 6.33).
 func ReportLUNs(ctx context.Context, d Doer) ([][8]byte, error) {
-	b, err := run(ctx, d, "REPORT LUNS", [8]byte{}, scsi.ReportLUNs(8208), 8208)
-	if err != nil {
-		return nil, err
-	}
-	return scsi.ParseReportLUNs(b)
-}
-
-func vpd(ctx context.Context, d Doer, lun [8]byte, page uint8) ([]byte, error) {
-	return run(ctx, d, fmt.Sprintf("INQUIRY page %02x", page), lun, scsi.Inquiry(true, page, 1024), 1024)
-}
-
-// Identify reads who the unit is, how large, and what it can do.
-func Identify(ctx context.Context, d Doer, lun [8]byte) (*LUInfo, error) {
-	l := &LUInfo{LUN: lun, Rotational: true, WriteSame: true}
-	b, err := run(ctx, d, "INQUIRY", lun, scsi.Inquiry(false, 0, 255), 255)
-	if err != nil {
-		return nil, err
-	}
-	inq, err := scsi.ParseInquiry(b)
-	if err != nil {
-		return nil, err
-	}
-	if inq.Qualifier != 0 {
-		return nil, fmt.Errorf("LUN %d does not exist at this target", scsi.LUNNumber(lun))
-	}
-	if inq.Type != 0 {
-		return nil, fmt.Errorf("LUN %d is no disk (device type %#02x)", scsi.LUNNumber(lun), inq.Type)
-	}
-	l.Vendor, l.Product, l.Revision, l.TPGS = inq.Vendor, inq.Product, inq.Revision, inq.TPGS
-	var refused *StatusError
-	if err := TestUnitReady(ctx, d, lun); errors.As(err, &refused) && refused.Sense.Key == scsi.KeyNotReady && refused.Sense.ASC == 4 && refused.Sense.ASCQ == 0x0b {
-		l.Standby = true
-	} else if err != nil {
-		return nil, err
-	}
-	if err := l.pages(ctx, d, inq); err != nil {
-		return nil, err
-	}
-	if err := l.capacity(ctx, d); err != nil && !(l.Standby && refusedByLU(err)) {
-		return nil, err
-	}
-	b, err = run(ctx, d, "MODE SENSE", lun, scsi.ModeSense6(0x08, 192), 192)
-	if err == nil {
-		m, err := scsi.ParseModeCaching(b)
+	const usual, most = 8 + 8*256, 8 + 8*scsi.FlatLUNs
+	for alloc := uint64(usual); ; {
+		b, err := run(ctx, d, "REPORT LUNS", [8]byte{}, scsi.ReportLUNs(uint32(alloc)), int(alloc))
 		if err != nil {
 			return nil, err
 		}
-		l.ReadOnly, l.DPOFUA, l.WriteCache = m.WriteProtected, m.DPOFUA, m.WriteCache
-	} else if l.WriteCache = true; !refusedByLU(err) { // unknown: better flush
-		return nil, err
+		luns, size, err := scsi.ParseReportLUNs(b)
+		if err != nil || size <= alloc || alloc == most {
+			return luns, err
+		}
+		alloc = min(size, most)
 	}
-	return l, nil
 }
 
-// pages reads the vital product data that the unit lists in page 00.
-func (l *LUInfo) pages(ctx context.Context, d Doer, inq scsi.InquiryData) error {
-	b, err := vpd(ctx, d, l.LUN, 0x00)
-	if err != nil {
-		if refusedByLU(err) {
-			return nil
-		}
-		return err
+func inquiry() *question {
+	return &question{op: "INQUIRY", cdb: scsi.Inquiry(false, 0, 255), alloc: 255}
+}
+
+func vpd(page uint8) *question {
+	return &question{op: fmt.Sprintf("INQUIRY page %02x", page), cdb: scsi.Inquiry(true, page, 1024), alloc: 1024}
+}
+
+// VPDPage is a vital product data page as the unit gives it, up to 1024 bytes
+// (SPC-4 6.4).
+func VPDPage(ctx context.Context, d Doer, lun [8]byte, page uint8) ([]byte, error) {
+	return one(ctx, d, lun, vpd(page))
+}
+
+// UnitIDs are the WWID of a unit and its other spellings, in one round trip. TEST
+// UNIT READY goes with the questions and takes unit attentions; the unit has to
+// answer it, but need not be ready.
+func UnitIDs(ctx context.Context, d Doer, lun [8]byte) ([]string, error) {
+	l, who := &LUInfo{LUN: lun}, askWho()
+	if err := ask(ctx, d, lun, append(readiness(), who.all()...)...); err != nil {
+		return nil, err
 	}
-	have, err := scsi.ParseVPDPages(b)
-	if err != nil {
-		return err
+	if _, err := l.identity(who); err != nil {
+		return nil, err
 	}
-	for _, code := range []uint8{0x80, 0x83, 0xb0, 0xb1, 0xb2} {
-		if !slices.Contains(have, code) {
-			continue
+	return append([]string{l.WWID}, l.Synonyms...), nil
+}
+
+// who are the questions about a unit's identity. The pages 80 and 83 are asked
+// for before page 00 has said that they exist: a unit without them refuses.
+type who struct{ standard, pages, serial, designators *question }
+
+// readiness asks twice: the first one takes the unit attention that most units
+// have for a new session, and the second one, which counts, costs no round trip more.
+func readiness() []*question {
+	ask := func(once bool) *question {
+		return &question{op: "TEST UNIT READY", cdb: scsi.TestUnitReady(), once: once}
+	}
+	return []*question{ask(true), ask(false)}
+}
+
+func askWho() who { return who{inquiry(), vpd(0x00), vpd(0x80), vpd(0x83)} }
+
+func (w who) all() []*question { return []*question{w.standard, w.pages, w.serial, w.designators} }
+
+// identity takes the answers to who, and tells which pages there are.
+func (l *LUInfo) identity(w who) (pages []uint8, err error) {
+	inq, err := l.disk(w.standard)
+	if err != nil {
+		return nil, err
+	}
+	l.Vendor, l.Product, l.Revision, l.TPGS = inq.Vendor, inq.Product, inq.Revision, inq.TPGS
+	if w.pages.err != nil {
+		return nil, nil
+	}
+	if pages, err = scsi.ParseVPDPages(w.pages.data); err != nil {
+		return nil, err
+	}
+	if slices.Contains(pages, 0x80) && w.serial.err == nil {
+		if l.Serial, err = scsi.ParseVPD80(w.serial.data); err != nil {
+			return nil, err
 		}
-		b, err := vpd(ctx, d, l.LUN, code)
-		if err != nil {
-			if refusedByLU(err) {
-				continue
-			}
-			return err
-		}
-		switch code {
-		case 0x80:
-			l.Serial, err = scsi.ParseVPD80(b)
-		case 0x83:
-			l.Designators, err = scsi.ParseVPD83(b)
-		case 0xb0:
-			var bl scsi.BlockLimits
-			if bl, err = scsi.ParseBlockLimits(b); err == nil {
-				l.MaxTransfer, l.OptTransfer, l.MaxUnmap, l.MaxWriteSame = bl.MaxTransfer, bl.OptTransfer, bl.MaxUnmapLBAs, bl.MaxWriteSame
-			}
-		case 0xb1:
-			l.Rotational, err = scsi.ParseRotational(b)
-		case 0xb2:
-			var p scsi.Provisioning
-			p, err = scsi.ParseProvisioning(b)
-			l.Unmap = p.Unmap
-		}
-		if err != nil {
-			return err
+	}
+	if slices.Contains(pages, 0x83) && w.designators.err == nil {
+		if l.Designators, err = scsi.ParseVPD83(w.designators.data); err != nil {
+			return nil, err
 		}
 	}
 	l.WWID, l.Synonyms, l.NumberedDefault = scsi.WWID(inq, l.Designators, l.Serial)
-	return nil
+	return pages, nil
 }
 
-func (l *LUInfo) capacity(ctx context.Context, d Doer) error {
-	var c scsi.Capacity
-	b, err := run(ctx, d, "READ CAPACITY (16)", l.LUN, scsi.ReadCapacity16(32), 32)
+// disk makes sure that the unit is one.
+func (l *LUInfo) disk(q *question) (inq scsi.InquiryData, err error) {
+	if q.err != nil {
+		return inq, q.err
+	}
+	if inq, err = scsi.ParseInquiry(q.data); err != nil {
+		return inq, err
+	}
 	switch {
-	case err == nil:
-		l.Use16 = true
-		c, err = scsi.ParseReadCapacity16(b)
-	case refusedByLU(err):
-		if b, err = run(ctx, d, "READ CAPACITY (10)", l.LUN, scsi.ReadCapacity10(), 8); err == nil {
-			c, err = scsi.ParseReadCapacity10(b)
+	case inq.Qualifier != 0:
+		err = fmt.Errorf("LUN %s does not exist at this target", scsi.LUNText(l.LUN))
+	case inq.Type != 0:
+		err = fmt.Errorf("LUN %s is no disk (device type %#02x)", scsi.LUNText(l.LUN), inq.Type)
+	}
+	return inq, err
+}
+
+// Identify reads who the unit is, how large, and what it can do: in two round
+// trips, of which the first takes unit attentions.
+func Identify(ctx context.Context, d Doer, lun [8]byte) (*LUInfo, error) {
+	l, who := &LUInfo{LUN: lun, Rotational: true, WriteSame: true}, askWho()
+	ready := readiness()
+	size := &question{op: "READ CAPACITY (16)", cdb: scsi.ReadCapacity16(32), alloc: 32}
+	mode := &question{op: "MODE SENSE", cdb: scsi.ModeSense6(0x08, 192), alloc: 192}
+	if err := ask(ctx, d, lun, append(ready, append(who.all(), size, mode)...)...); err != nil {
+		return nil, err
+	}
+	pages, err := l.identity(who)
+	if err != nil {
+		return nil, err
+	}
+	if err := ready[1].err; err != nil {
+		if l.Standby = inStandby(err); !l.Standby {
+			return nil, err
 		}
 	}
+	if err := l.details(ctx, d, pages, size); err != nil {
+		return nil, err
+	}
+	if l.WriteCache = true; mode.err != nil { // unknown: better flush
+		return l, nil
+	}
+	m, err := scsi.ParseModeCaching(mode.data)
+	if err != nil {
+		return nil, err
+	}
+	l.ReadOnly, l.DPOFUA, l.WriteCache = m.WriteProtected, m.DPOFUA, m.WriteCache
+	return l, nil
+}
+
+// inStandby tells the refusal of a unit in asymmetric access state standby.
+func inStandby(err error) bool {
+	var refused *StatusError
+	return errors.As(err, &refused) && refused.Sense.Key == scsi.KeyNotReady && refused.Sense.ASC == 4 && refused.Sense.ASCQ == 0x0b
+}
+
+// details asks what depends on the first answers: the pages that the unit has,
+// and its size once more if it does not know the 16-byte form.
+func (l *LUInfo) details(ctx context.Context, d Doer, pages []uint8, size *question) error {
+	var qs []*question
+	var takes []func([]byte) error
+	for _, page := range []struct {
+		code uint8
+		take func([]byte) error
+	}{{0xb0, l.takeLimits}, {0xb1, l.takeRotation}, {0xb2, l.takeProvisioning}} {
+		if slices.Contains(pages, page.code) {
+			qs, takes = append(qs, vpd(page.code)), append(takes, page.take)
+		}
+	}
+	parse := scsi.ParseReadCapacity16
+	if l.Use16 = size.err == nil; !l.Use16 {
+		size, parse = &question{op: "READ CAPACITY (10)", cdb: scsi.ReadCapacity10(), alloc: 8}, scsi.ParseReadCapacity10
+		qs = append(qs, size)
+	}
+	if err := ask(ctx, d, l.LUN, qs...); err != nil {
+		return err
+	}
+	for i, take := range takes {
+		if qs[i].err != nil {
+			continue // a page that is listed and refused is not there
+		}
+		if err := take(qs[i].data); err != nil {
+			return err
+		}
+	}
+	if size.err != nil {
+		if l.Standby {
+			return nil
+		}
+		return size.err
+	}
+	c, err := parse(size.data)
 	if err != nil {
 		return err
 	}
 	l.Blocks, l.BlockSize, l.PhysicalBlock, l.Zeroes = c.Blocks, c.BlockSize, c.PhysicalBlock, c.Zeroes
 	return nil
+}
+
+func (l *LUInfo) takeLimits(b []byte) error {
+	bl, err := scsi.ParseBlockLimits(b)
+	if err == nil {
+		l.MaxTransfer, l.OptTransfer, l.MaxUnmap, l.MaxWriteSame = bl.MaxTransfer, bl.OptTransfer, bl.MaxUnmapLBAs, bl.MaxWriteSame
+		l.TransferGranularity, l.UnmapGranularity, l.UnmapAlignment = uint32(bl.OptimalGranularity), bl.UnmapGranularity, bl.UnmapAlignment
+	}
+	return err
+}
+
+func (l *LUInfo) takeRotation(b []byte) (err error) {
+	l.Rotational, err = scsi.ParseRotational(b)
+	return err
+}
+
+func (l *LUInfo) takeProvisioning(b []byte) error {
+	p, err := scsi.ParseProvisioning(b)
+	l.Unmap, l.UnmapSame = p.Unmap, p.WriteSame
+	return err
 }
 
 // ReadBlocks reads and forgets blocks of the unit: what checkers do.

@@ -171,6 +171,10 @@ func (r *raw) drain() {
 func scripted(t *testing.T, script func(n int, r *raw)) initiator.Config {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
+	return scriptedOn(t, ln, script)
+}
+
+func scriptedOn(t *testing.T, ln net.Listener, script func(n int, r *raw)) initiator.Config {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

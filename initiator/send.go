@@ -1,10 +1,6 @@
 package initiator
 
 import (
-	"encoding/binary"
-	"hash/crc32"
-	"net"
-
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator/pdu"
 	"github.com/mpathd/mpathd/internal/sys"
@@ -12,21 +8,22 @@ import (
 
 // item is one PDU on its way out: its header, and data that stays where it is.
 type item struct {
-	hdr        pdu.Header
-	data       []byte
-	hcrc, dcrc [4]byte // digests, if negotiated
-	summed     bool
-	slot       int32 // the task it belongs to, -1 for none
-	sent       int32 // bytes of header, data and pad that the kernel took
+	hdr         pdu.Header
+	data        []byte
+	hcrc, dcrc  [pdu.DigestLen]byte // digests, if negotiated
+	summed      bool
+	slot        int32  // the task it belongs to, -1 for none
+	sent        int32  // bytes of header, data and pad that the kernel took
+	unsolicited uint32 // of a command: bytes of its data that go without R2T, those in this PDU included
 }
 
 func (s *Session) size(it *item) int {
 	n := pdu.HeaderLen + len(it.data) + pdu.Pad(len(it.data))
 	if s.params.HeaderDigest {
-		n += digestLen
+		n += pdu.DigestLen
 	}
 	if s.params.DataDigest && len(it.data) > 0 {
-		n += digestLen
+		n += pdu.DigestLen
 	}
 	return n
 }
@@ -36,17 +33,12 @@ func (s *Session) size(it *item) int {
 func (s *Session) sum(it *item) {
 	it.summed = true
 	if s.params.HeaderDigest {
-		binary.LittleEndian.PutUint32(it.hcrc[:], crc32.Checksum(it.hdr[:], castagnoli))
+		pdu.PutDigest(it.hcrc[:], pdu.CRC32C(0, it.hdr[:]))
 	}
 	if s.params.DataDigest {
-		c := crc32.Checksum(it.data, castagnoli)
-		binary.LittleEndian.PutUint32(it.dcrc[:], crc32.Update(c, castagnoli, zeroPad[:pdu.Pad(len(it.data))]))
+		pdu.PutDigest(it.dcrc[:], pdu.CRC32C(pdu.CRC32C(0, it.data), zeroPad[:pdu.Pad(len(it.data))]))
 	}
 }
-
-const digestLen = 4
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // wire is the session's private part of a Command.
 type wire struct{}
@@ -59,53 +51,13 @@ const (
 
 var zeroPad [4]byte
 
-// vecWriter hands buffers to the connection; see sys.VecWriter.
-type vecWriter interface {
-	Write(bufs [][]byte, park bool) (int, error)
-}
-
-// parkedWriter serves connections without a file descriptor: only the parked
-// writer goroutine may wait.
-type parkedWriter struct{ c net.Conn }
-
-func (w parkedWriter) Write(bufs [][]byte, park bool) (int, error) {
-	if !park {
-		return 0, sys.ErrWouldBlock
-	}
-	for _, b := range bufs {
-		if len(b) > 0 {
-			return w.c.Write(b)
-		}
-	}
-	return 0, nil
-}
-
-// list appends an empty item. Caller holds mu and fills the item at once.
-func (s *Session) list(data []byte, slot int32) *item {
-	n := len(s.pend)
-	if n < cap(s.pend) {
-		s.pend = s.pend[:n+1]
-		s.pend[n] = item{data: data, slot: slot}
-	} else {
-		s.pend = append(s.pend, item{data: data, slot: slot})
-	}
-	it := &s.pend[n]
-	it.hdr.SetDataLen(len(data))
-	if slot >= 0 {
-		sl := &s.slots[slot]
-		sl.listed++
-		sl.sent = false
-	}
-	return it
-}
-
 // Submit takes c if the session serves and its window and queue have room. It
 // lists the command, with as much immediate and unsolicited data as was
 // negotiated (RFC 7143 4.2.5.2), and adds the session to p; the caller flushes p.
 func (s *Session) Submit(c *Command, p *block.Plug) bool {
 	c.Result = Result{}
 	s.mu.Lock()
-	if s.closed || State(s.state.Load()) == Dead || len(s.free) == 0 || pdu.SerialLess(s.maxCmdSN.Load(), s.cmdSN) {
+	if s.closed || State(s.state.Load()) >= Leaving || len(s.free) == 0 || pdu.SerialLess(s.maxCmdSN.Load(), s.cmdSN) {
 		s.refused = true
 		s.mu.Unlock()
 		return false
@@ -114,7 +66,7 @@ func (s *Session) Submit(c *Command, p *block.Plug) bool {
 	s.free = s.free[:len(s.free)-1]
 	sl := &s.slots[idx]
 	gen := (sl.gen + 1) & 0x7fff
-	*sl = slot{cmd: c, gen: gen, cmdSN: s.cmdSN, tick: s.ticks.Load()}
+	*sl = slot{cmd: c, gen: gen, cmdSN: s.cmdSN, due: s.ticks.Load() + s.hangTicks}
 	itt := uint32(gen)<<16 | uint32(idx)
 
 	length := len(c.Data)
@@ -144,12 +96,10 @@ func (s *Session) Submit(c *Command, p *block.Plug) bool {
 		it.hdr.SetEDTL(uint32(length))
 	}
 	it.hdr.SetCmdSN(s.cmdSN)
-	it.hdr.SetExpStatSN(s.expStatSN.Load())
 	*it.hdr.CDB() = c.CDB
+	it.unsolicited = uint32(unsolicited)
 	s.cmdSN++
-	if imm < unsolicited {
-		s.listDataOut(int32(idx), itt, pdu.NoTag, c.LUN, imm, unsolicited)
-	}
+	s.watchClosely()
 	if c.Dir == DataOut {
 		sl.off = uint32(max(imm, unsolicited))
 	}
@@ -158,37 +108,12 @@ func (s *Session) Submit(c *Command, p *block.Plug) bool {
 	return true
 }
 
-// listDataOut lists bytes [from,to) of a command's data as one sequence.
-func (s *Session) listDataOut(idx int32, itt, ttt uint32, lun [8]byte, from, to int) {
-	data := s.slots[idx].cmd.Data
-	for sn := uint32(0); from < to; sn++ {
-		n := min(to-from, s.params.TargetMaxData)
-		it := s.list(data[from:from+n], idx)
-		it.hdr[0] = uint8(pdu.OpDataOut)
-		if from+n == to {
-			it.hdr[1] = pdu.Final
-		}
-		if ttt != pdu.NoTag {
-			it.hdr.SetLUN(lun)
-		}
-		it.hdr.SetITT(itt)
-		it.hdr.SetTTT(ttt)
-		it.hdr.SetExpStatSN(s.expStatSN.Load())
-		it.hdr.SetDataSN(sn)
-		it.hdr.SetBufferOffset(uint32(from))
-		from += n
-	}
-}
-
 // Kick sends what is listed without waiting. One sender works at a time:
-// whoever finds it busy leaves its items to it. A full socket is left to the
-// parked writer goroutine.
+// whoever finds it busy leaves its items to it. A full socket is left to a
+// goroutine that waits for it.
 func (s *Session) Kick() {
 	if s.claim() && !s.send(false) {
-		s.mu.Lock()
-		s.takeOver <- struct{}{} // buffered, and only the one sender sends: never waits
-		s.idle.Broadcast()
-		s.mu.Unlock()
+		go s.park()
 	}
 }
 
@@ -196,17 +121,11 @@ func (s *Session) Kick() {
 func (s *Session) claim() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.sending || len(s.pend) == 0 || State(s.state.Load()) == Dead {
+	if s.sending || State(s.state.Load()) == Dead || !s.fill() {
 		return false
 	}
 	s.sending = true
-	s.swap()
 	return true
-}
-
-func (s *Session) swap() {
-	s.cur, s.pend = s.pend, s.cur[:0]
-	s.curAt = 0
 }
 
 // send writes until nothing is listed. It reports false, still being the
@@ -231,7 +150,7 @@ func (s *Session) send(park bool) bool {
 // gather builds the vector of what is left of cur.
 func (s *Session) gather() {
 	iov := s.iov[:0]
-	for i := s.curAt; i < len(s.cur) && len(iov)+5 <= sys.MaxIovecs; i++ {
+	for i := s.curAt; i < len(s.cur); i++ { // at most five of each item: see batchItems
 		it := &s.cur[i]
 		at := int(it.sent)
 		if !it.summed && (s.params.HeaderDigest || s.params.DataDigest) {
@@ -266,7 +185,7 @@ func rest(iov [][]byte, b []byte, sent int) ([][]byte, int) {
 // answered before their last item left. It reports whether there is more to
 // send; if not, the caller is the sender no longer.
 func (s *Session) account(n int, failed bool) bool {
-	var p *block.Plug // made only when needed: it would escape
+	completed := false
 	s.mu.Lock()
 	for n > 0 && s.curAt < len(s.cur) {
 		it := &s.cur[s.curAt]
@@ -279,16 +198,13 @@ func (s *Session) account(n int, failed bool) bool {
 			sl := &s.slots[it.slot]
 			sl.touched = true
 			if whole {
-				sl.listed--
-				sl.sent = sl.listed == 0
-				if sl.finished && sl.listed == 0 {
+				sl.leaving--
+				if sl.finished && !sl.listed() {
 					c := sl.cmd
 					s.release(uint16(it.slot))
 					s.mu.Unlock()
-					if p == nil {
-						p = new(block.Plug)
-					}
-					c.Owner.Done(c, p)
+					completed = true
+					c.Owner.Done(c, &s.sendPlug)
 					s.mu.Lock()
 				}
 			}
@@ -298,23 +214,22 @@ func (s *Session) account(n int, failed bool) bool {
 			s.curAt++
 		}
 	}
+	if completed {
+		s.mu.Unlock()
+		s.sendPlug.Flush() // still the sender: what is listed here is left to us
+		s.mu.Lock()
+	}
 	more := true
 	if failed || State(s.state.Load()) == Dead {
 		more = false
 	} else if s.curAt == len(s.cur) {
-		more = len(s.pend) > 0
-		if more {
-			s.swap()
-		}
+		more = s.fill()
 	}
 	if !more {
 		s.sending = false
 		s.idle.Broadcast()
 	}
 	s.mu.Unlock()
-	if p != nil {
-		p.Flush()
-	}
 	return more
 }
 
@@ -325,15 +240,6 @@ func (s *Session) release(idx uint16) {
 	s.free = append(s.free, idx)
 }
 
-// routineSend is the parked writer: it takes over when the socket is full.
-func (s *Session) routineSend() {
-	defer s.alive.Done()
-	for {
-		select {
-		case <-s.takeOver:
-			s.send(true)
-		case <-s.dying:
-			return
-		}
-	}
-}
+// routineSend is the sender while the socket is full; it ends when everything
+// is sent. An idle session has none.
+func (s *Session) routineSend() { s.send(true) }

@@ -93,6 +93,7 @@ func TestDataSurvivesEveryWayToSendIt(t *testing.T) {
 		{"immediate and unsolicited", target.Config{}},
 		{"R2T only", target.Config{InitialR2T: true, NoImmediateData: true}},
 		{"small segments, window of 2", target.Config{MaxRecvSegment: 8192, Window: 2, InitialR2T: true}},
+		{"window of 1", target.Config{Window: 1}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, _, s, _ := start(t, tc.c, initiator.Config{})
@@ -162,7 +163,7 @@ func TestRefusedLoginSaysWhy(t *testing.T) {
 	_, err := initiator.Open(t.Context(), initiator.Config{Address: p.Addr(), TargetName: iqn, InitiatorName: "iqn.2026-11.example:x"})
 	var le *initiator.LoginError
 	require.ErrorAs(t, err, &le)
-	require.True(t, le.Permanent())
+	require.Equal(t, initiator.RetrySlowly, initiator.Retry(err))
 	require.ErrorContains(t, err, "ACL")
 }
 
@@ -191,20 +192,39 @@ func TestGarbageEndsTheSessionOnly(t *testing.T) {
 
 func TestDiscover(t *testing.T) {
 	_, p, _, _ := start(t, target.Config{}, initiator.Config{})
-	ts, err := initiator.Discover(t.Context(), initiator.Config{Address: p.Addr(), InitiatorName: "iqn.2026-11.example:x"})
+	found, err := initiator.Discover(t.Context(), initiator.Config{Address: p.Addr(), InitiatorName: "iqn.2026-11.example:x"})
 	require.NoError(t, err)
-	require.Len(t, ts, 1)
-	require.Equal(t, iqn, ts[0].Name)
-	require.Equal(t, p.Addr(), ts[0].Portals[0].Address)
+	require.Equal(t, []initiator.DiscoveredTarget{{Name: iqn, Portals: []initiator.Portal{{Address: p.Addr(), Group: 1}}}}, found.Targets)
+	require.Empty(t, found.Skipped)
 }
 
 func TestURL(t *testing.T) {
 	u, err := initiator.ParseURL("iscsi://user%geheim@[::1]:3261/iqn.2009-01.nl.pref:storage.xensan2/7")
 	require.NoError(t, err)
 	require.Equal(t, "[::1]:3261", u.Address)
-	require.EqualValues(t, 7, u.LUN)
+	require.Equal(t, [8]byte{0, 7}, u.LUN)
 	require.NotContains(t, u.String(), "geheim")
-	for _, bad := range []string{"", "http://a/iqn.a:b", "iscsi:///iqn.a:b/0", "iscsi://a/b/0", "iscsi://a:99999/iqn.a:b/0", "iscsi://a/iqn.a:../0", "iscsi://a/iqn.a:b/x"} {
+	for _, bad := range []string{"", "http://a/iqn.a:b", "iscsi:///iqn.a:b/0", "iscsi://a/b/0", "iscsi://a:99999/iqn.a:b/0", "iscsi://a/iqn.a:../0", "iscsi://a/iqn.a:b/x", "iscsi://a/iqn.a:b/16384", "iscsi://a/iqn.a:b/0x1"} {
+		_, err := initiator.ParseURL(bad)
+		require.Error(t, err, bad)
+	}
+}
+
+func TestURLsOfTheKernelsPaths(t *testing.T) {
+	u, err := initiator.ParseURL("kernel+iscsi://user%geheim@host/iqn.a:b/7")
+	require.NoError(t, err)
+	require.Equal(t, initiator.Kernel, u.Transport)
+	require.Equal(t, "kernel+iscsi://user@host:3260/iqn.a:b/7", u.String())
+	require.Equal(t, "kernel+host:3260/7", u.PathName())
+	same, err := initiator.ParseURL(u.String())
+	require.NoError(t, err)
+	require.Equal(t, u.PathName(), same.PathName())
+	u, err = initiator.ParseURL("file:///dev/disk/by-path/ip-10.0.0.1:3260-iscsi-iqn.a:b-lun-0")
+	require.NoError(t, err)
+	require.Equal(t, initiator.Local, u.Transport)
+	require.Equal(t, "/dev/disk/by-path/ip-10.0.0.1:3260-iscsi-iqn.a:b-lun-0", u.PathName())
+	require.Equal(t, "file://"+u.Device, u.String())
+	for _, bad := range []string{"file://", "file:///", "file://dev/sda", "file:///dev/../etc/x", "file:///dev/sd\na", "kernel+iscsi://a/b/0", "kernel+file:///dev/sda"} {
 		_, err := initiator.ParseURL(bad)
 		require.Error(t, err, bad)
 	}

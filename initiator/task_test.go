@@ -10,6 +10,7 @@ import (
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/initiator/pdu"
 	"github.com/mpathd/mpathd/internal/target"
 	"github.com/mpathd/mpathd/scsi"
 )
@@ -79,4 +80,57 @@ func TestACommandThatIsSlowerThanTheLinkIsNotAborted(t *testing.T) {
 	require.Zero(t, srv.Stats().TaskMgmt)
 	require.NotContains(t, ev.list(), initiator.Dead)
 	require.False(t, errors.Is(s.Err(), initiator.ErrTimeout))
+}
+
+// slowOwner takes its time to take a command back.
+type slowOwner struct{ waited }
+
+func (o *slowOwner) Done(c *initiator.Command, p *block.Plug) {
+	time.Sleep(300 * time.Millisecond)
+	o.waited.Done(c, p)
+}
+
+// What a task management request ends has ended when its answer counts:
+// a command that is about to be handed back does not hang any more.
+func TestAnAnswerToTaskManagementCountsWhenItsTasksHaveEnded(t *testing.T) {
+	s := watches(t, impatient, func(r *raw) {
+		if !r.login() {
+			return
+		}
+		first, _, _ := r.command()
+		r.command() // hangs
+		r.dataIn(first.ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
+		r.command() // takes the slot of the first, before the one that hangs
+		a, _, _ := r.next(pdu.OpTaskMgmtReq, nil)
+		r.tmfResponse(a, pdu.TMFNotSupported)
+		b, _, _ := r.next(pdu.OpTaskMgmtReq, nil)
+		r.tmfResponse(b, pdu.TMFComplete)
+		if more := r.answerAll(0, 0); len(more) > 0 {
+			t.Errorf("more than two requests: %x", more)
+		}
+	})
+	first, hanging := read8(t, s.Session), read8(t, s.Session)
+	first.result(t)
+	time.Sleep(200 * time.Millisecond) // two ticks: the other one has hung for longer
+	young := &slowOwner{waited{done: make(chan struct{})}}
+	young.c = aWrite(young)
+	submit(t, s.Session, young.c)
+	require.ErrorIs(t, hanging.result(t).Err, initiator.ErrAborted)
+	require.ErrorIs(t, young.result(t).Err, initiator.ErrAborted)
+	time.Sleep(100 * time.Millisecond) // for the end of a session that should not end
+	require.NoError(t, s.Err())
+}
+
+// A write whose abort was asked for gets no more data; if the target then says
+// GOOD all the same, it cannot have what it asked for.
+func TestGoodForAWriteThatWasStarvedIsNoSuccess(t *testing.T) {
+	s := hangs(t, nil, func(r *raw, cmd pdu.Header) {
+		a, _, _ := r.next(pdu.OpTaskMgmtReq, nil)
+		r.r2t(cmd.ITT(), 1, 0, 0, 4096)
+		r.good(cmd.ITT(), nil)
+		r.tmfResponse(a, pdu.TMFNoTask)
+		r.answerAll(0, 0)
+	})
+	require.ErrorIs(t, write(t, s.Session, 4096).result(t).Err, initiator.ErrAborted)
+	require.NoError(t, s.Err())
 }

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/internal/sys"
@@ -16,6 +18,11 @@ const (
 	headerBuffer = 64 << 10
 	iovecs       = 512
 
+	// sendBuffer is how many bytes of replies the kernel takes from a local
+	// connection before its client reads them: a large one in one piece, without a
+	// wake-up for each fifth of it. TCP finds its own size.
+	sendBuffer = 1 << 20
+
 	// With this many requests in flight the reader lets the client run first:
 	// it then finds more of them per wake-up.
 	yieldDepth = 4
@@ -25,15 +32,35 @@ const (
 // into slots and submits them; replies are in reply.go.
 type conn struct {
 	c      net.Conn
-	in     net.Conn // c, or TLS over it
+	in     io.Reader // of c, or of TLS over it
 	s      *Server
 	x      *export
-	vec    vecWriter
+	vec    sys.Writer
+	access Access
+	nth    uint64 // in the order in which the server got them
 	agreed agreed
 	buf    []byte
-	r, w   int // unread bytes are buf[r:w]
+	r, w   int  // unread bytes are buf[r:w]
+	inside bool // reader: a header was taken, its payload perhaps not yet
 	plug   block.Plug
-	broken bool // reader: the stream cannot be continued
+
+	// Buffers come from arena, at most share bytes of them at a time, or one.
+	arena *block.Arena
+	share int
+	held  atomic.Int64
+	// How many bytes moved to and from the kernel, and how many goroutines wait for
+	// the client to read or to send the rest of a write. seen and seenAt are those
+	// of clients.evict.
+	moved  atomic.Int64
+	awaits atomic.Int32
+	seen   int64
+	seenAt time.Time
+
+	// See HandOver. kernel and export are set before the reader starts.
+	kernel  bool
+	export  string
+	leaving atomic.Bool
+	given   chan *os.File
 
 	mu       sync.Mutex
 	room     sync.Cond // a slot became free, or the sender stopped
@@ -43,34 +70,41 @@ type conn struct {
 	cur      []uint16 // owned by the sender
 	sending  bool
 	dead     bool // the client is gone: replies are dropped
+	working  int  // slots whose request has not ended
+	orphan   bool // no request of it begins any more; set under orphans.mu too
+	starved  bool // the reader waits for its share of buffers
 	takeOver chan struct{}
 	iov      [][]byte
 }
 
 // slot is one request in flight and its reply.
 type slot struct {
-	req    block.Request
-	cookie uint64
-	data   bool // the reply carries req.Data
-	hdr    [proto.MaxReplyHeader]byte
-	head   int    // bytes of hdr in use
-	tail   []byte // what follows header and data: an error text, extents
-	offset uint64 // as asked for
-	sent   int    // bytes of the reply that the kernel took
+	req     block.Request
+	cookie  uint64
+	data    bool // the reply carries req.Data
+	hdr     [proto.MaxReplyHeader]byte
+	head    int    // bytes of hdr in use
+	tail    []byte // what follows header and data: an error text, extents
+	offset  uint64 // as asked for
+	tracked bool   // see aligner.enter
+	sent    int    // bytes of the reply that the kernel took
 }
 
 // transmit serves requests until the client leaves, then waits for what is in
 // flight: buffers never go back while the device holds them.
-func (s *Server) transmit(cn *conn, x *export) {
-	n := s.cfg.MaxRequests
-	cn.s, cn.x, cn.in = s, x, cn.c
+func (cn *conn) transmit() (err error) {
+	n, x := cn.s.cfg.MaxRequests, cn.x
+	over := cn.c
 	if cn.agreed.tls != nil {
-		cn.in = cn.agreed.tls
+		over = cn.agreed.tls
 	}
-	if rc, err := sys.RawConn(cn.in); err == nil {
-		cn.vec = sys.NewVecWriter(rc)
+	if rc, err := sys.RawConn(over); err == nil {
+		cn.vec, cn.in = sys.NewVecWriter(rc), sys.NewReader(rc)
 	} else {
-		cn.vec = parkedWriter{cn.in}
+		cn.vec, cn.in = sys.ParkedWriter{Conn: over}, over
+	}
+	if _, local := cn.c.(*net.UnixConn); local {
+		sys.SendBuffer(cn.c, sendBuffer)
 	}
 	cn.buf = make([]byte, headerBuffer)
 	cn.slots, cn.free = make([]slot, n), make([]uint16, 0, n)
@@ -87,44 +121,20 @@ func (s *Server) transmit(cn *conn, x *export) {
 	writer.Add(1)
 	go func() { defer writer.Done(); cn.routineReply(stop) }()
 
-	for cn.next() == nil {
+	x.orphans.arrive(cn)
+	for err == nil {
+		err = cn.next()
 	}
 	cn.plug.Flush()
+	x.orphans.leave(cn)
 	cn.mu.Lock()
-	orphans := len(cn.free) < n
-	if orphans {
-		x.orphans.begin()
-	}
 	for len(cn.free) < n || cn.sending {
 		cn.room.Wait()
 	}
 	cn.mu.Unlock()
-	if orphans {
-		x.orphans.end()
-	}
 	close(stop)
 	writer.Wait()
-}
-
-// vecWriter hands buffers to the connection; see sys.VecWriter.
-type vecWriter interface {
-	Write(bufs [][]byte, park bool) (int, error)
-}
-
-// parkedWriter serves connections without a file descriptor of their own, TLS
-// above all: only the parked writer goroutine may wait.
-type parkedWriter struct{ c net.Conn }
-
-func (w parkedWriter) Write(bufs [][]byte, park bool) (int, error) {
-	if !park {
-		return 0, sys.ErrWouldBlock
-	}
-	for _, b := range bufs {
-		if len(b) > 0 {
-			return w.c.Write(b)
-		}
-	}
-	return 0, nil
+	return err
 }
 
 var errDisc = errors.New("client disconnected")
@@ -140,7 +150,15 @@ func (cn *conn) fill(into []byte) (int, error) {
 	}
 	n, err := cn.in.Read(into)
 	if n > 0 {
+		cn.moved.Add(int64(n))
 		return n, nil
+	}
+	if cn.leaving.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+		if cn.r == cn.w && !cn.inside {
+			return 0, errHandedOver
+		}
+		cn.c.SetReadDeadline(time.Time{}) // the rest of a request is on its way
+		return cn.fill(into)
 	}
 	if err == nil {
 		err = io.ErrNoProgress
@@ -150,13 +168,21 @@ func (cn *conn) fill(into []byte) (int, error) {
 
 // next takes one request from the stream and submits it.
 func (cn *conn) next() error {
-	if cn.w-cn.r < proto.RequestLen {
+	size := proto.RequestLen
+	if cn.agreed.extended {
+		size = proto.ExtendedLen
+	}
+	if cn.r == cn.w && cn.leaving.Load() {
+		return errHandedOver
+	}
+	cn.inside = false
+	if cn.w-cn.r < size {
 		if len(cn.buf)-cn.r < headerBuffer/2 || cn.r == cn.w {
 			copy(cn.buf, cn.buf[cn.r:cn.w])
 			cn.w -= cn.r
 			cn.r = 0
 		}
-		for cn.w-cn.r < proto.RequestLen {
+		for cn.w-cn.r < size {
 			n, err := cn.fill(cn.buf[cn.w:])
 			if err != nil {
 				return err
@@ -164,11 +190,16 @@ func (cn *conn) next() error {
 			cn.w += n
 		}
 	}
-	rq, ok := proto.ParseRequest(cn.buf[cn.r:])
+	parse := proto.ParseRequest
+	if cn.agreed.extended {
+		parse = proto.ParseExtendedRequest
+	}
+	rq, ok := parse(cn.buf[cn.r:])
 	if !ok {
 		return errors.New("bad request magic")
 	}
-	cn.r += proto.RequestLen
+	cn.r += size
+	cn.inside = true
 	if rq.Type == proto.CmdDisc {
 		return errDisc
 	}
@@ -177,16 +208,29 @@ func (cn *conn) next() error {
 		l.Flags |= proto.SendDF
 		l.Status = cn.agreed.contexts != [contextCount]bool{}
 	}
+	l.Extended = cn.agreed.extended
+	bs := int64(l.Block)
+	l.Block = 1 // parts of blocks are served too, see unaligned
 	e := proto.Validate(rq, l)
-	if e != proto.OK && rq.Type == proto.CmdWrite {
+	if e != proto.OK && (rq.Type == proto.CmdWrite || l.Extended && rq.Flags&proto.CmdFlagPayload != 0) {
 		if rq.Length > 2*proto.MaxPayload {
-			return errors.New("write far beyond the maximum payload")
+			return errors.New("payload far beyond the maximum")
 		}
 		if err := cn.discard(int(rq.Length)); err != nil {
 			return err
 		}
 	}
-	idx := cn.slot()
+	switch rq.Type {
+	case proto.CmdWrite, proto.CmdWriteZeroes, proto.CmdTrim, proto.CmdFlush:
+		if cn.x.orphans.n.Load() > 0 { // before it has a slot and a buffer that an orphan may need
+			cn.plug.Flush()
+			cn.x.orphans.wait(cn)
+		}
+	}
+	idx, ok := cn.slot()
+	if !ok {
+		return errOrphan
+	}
 	sl := &cn.slots[idx]
 	sl.cookie, sl.sent, sl.data, sl.tail, sl.offset = rq.Cookie, 0, false, nil, rq.Offset
 	sl.req = block.Request{Owner: cn, Tag: uint64(idx), Off: int64(rq.Offset), Len: int64(rq.Length)}
@@ -217,7 +261,7 @@ func (cn *conn) next() error {
 		sl.req.Op = block.WriteZeroes
 	case proto.CmdTrim: // a hint: rounded inward to whole blocks
 		sl.req.Op = block.Trim
-		mask := int64(cn.x.limits.Load().Block - 1)
+		mask := bs - 1
 		start, end := (sl.req.Off+mask)&^mask, (sl.req.Off+sl.req.Len)&^mask
 		if end <= start {
 			cn.answer(uint16(idx), proto.OK, &cn.plug)
@@ -226,7 +270,8 @@ func (cn *conn) next() error {
 		sl.req.Off, sl.req.Len = start, end-start
 	}
 	if rq.Type == proto.CmdRead || rq.Type == proto.CmdWrite {
-		if sl.req.Data = cn.s.arena.Get(int(rq.Length)); sl.req.Data == nil {
+		sl.req.Arena = cn.arena
+		if sl.req.Data = cn.buffer(int(rq.Length)); sl.req.Data == nil {
 			sl.data = false
 			if rq.Type == proto.CmdWrite {
 				if err := cn.discard(int(rq.Length)); err != nil {
@@ -244,66 +289,83 @@ func (cn *conn) next() error {
 			}
 		}
 	}
-	if cn.x.orphans.n.Load() > 0 && sl.req.Op != block.Read {
-		cn.plug.Flush()
-		cn.x.orphans.wait()
+	if isUnaligned(rq, bs) {
+		go cn.unaligned(idx, bs)
+		return nil
+	}
+	if changes(sl.req.Op) {
+		sl.tracked = cn.x.align.enter(span{sl.req.Off, sl.req.Off + sl.req.Len}, bs, cn.plug.Flush)
 	}
 	cn.x.Device.Submit(&sl.req, &cn.plug)
 	return nil
 }
 
-// orphans are connections that ended with requests in flight. Their clients
-// may connect again and send the same writes anew, then overwrite the blocks:
-// until the first copies have ended, nothing else of the export may change it.
-type orphans struct {
-	n    atomic.Int64
-	mu   sync.Mutex
-	cond *sync.Cond
-}
-
-func (o *orphans) begin() { o.n.Add(1) }
-
-func (o *orphans) end() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.n.Add(-1) == 0 && o.cond != nil {
-		o.cond.Broadcast()
-	}
-}
-
-func (o *orphans) wait() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.cond == nil {
-		o.cond = sync.NewCond(&o.mu)
-	}
-	for o.n.Load() > 0 {
-		o.cond.Wait()
-	}
-}
-
 // slot takes a free slot, waiting for one: this and the arena are where a
-// client that sends too much waits.
-func (cn *conn) slot() uint16 {
+// client that sends too much waits. An orphan gets none.
+func (cn *conn) slot() (idx uint16, ok bool) {
 	cn.mu.Lock()
-	for len(cn.free) == 0 {
+	defer cn.mu.Unlock()
+	if len(cn.free) == 0 {
 		cn.mu.Unlock()
 		cn.plug.Flush()
 		cn.mu.Lock()
-		for len(cn.free) == 0 {
+		for len(cn.free) == 0 && !cn.orphan {
 			cn.room.Wait()
 		}
 	}
-	idx := cn.free[len(cn.free)-1]
+	if cn.orphan {
+		return 0, false
+	}
+	idx = cn.free[len(cn.free)-1]
 	cn.free = cn.free[:len(cn.free)-1]
-	cn.mu.Unlock()
-	return idx
+	cn.working++
+	return idx, true
+}
+
+// buffer is n bytes for a request, nil when the server stops or the client has
+// gone. It waits while the connection has its share, or nothing is left.
+func (cn *conn) buffer(n int) []byte {
+	over := func() bool { h := cn.held.Load(); return h > 0 && int(h)+n > cn.share }
+	var b []byte
+	if !over() {
+		b = cn.arena.TryGet(n)
+	}
+	if b == nil {
+		cn.plug.Flush() // what is in there holds buffers
+		cn.mu.Lock()
+		cn.starved = true
+		for over() && !cn.dead && !cn.orphan {
+			cn.room.Wait()
+		}
+		cn.starved = false
+		gone := cn.orphan
+		cn.mu.Unlock()
+		if gone {
+			return nil
+		}
+		if b = cn.arena.Get(n); b == nil {
+			return nil
+		}
+	}
+	cn.held.Add(int64(cap(b)))
+	return b
+}
+
+// release gives a buffer back. The caller wakes who waits for room.
+func (cn *conn) release(b []byte) {
+	cn.held.Add(-int64(cap(b)))
+	cn.arena.Put(b)
 }
 
 // payload reads a write's data into its buffer.
 func (cn *conn) payload(dst []byte) error {
 	n := copy(dst, cn.buf[cn.r:cn.w])
 	cn.r += n
+	if n == len(dst) {
+		return nil
+	}
+	cn.awaits.Add(1)
+	defer cn.awaits.Add(-1)
 	for n < len(dst) {
 		if rest := len(dst) - n; rest < 8<<10 { // read the next headers along
 			cn.r, cn.w = 0, 0

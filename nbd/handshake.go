@@ -22,14 +22,18 @@ var be = binary.BigEndian
 // agreed is what a handshake settled besides the export.
 type agreed struct {
 	tls        net.Conn // nil without TLS
-	structured bool
+	structured bool     // also with extended headers
+	extended   bool
 	contexts   [contextCount]bool // of metaContexts, negotiated
 	of         *export            // the export they are for
 }
 
 // handshake negotiates (proto.md, "Fixed newstyle negotiation") and returns
 // the chosen export, or nil when the client left in peace.
-func (s *Server) handshake(c net.Conn) (_ *export, a agreed, err error) {
+func (s *Server) handshake(c net.Conn, mode TLSMode) (_ *export, a agreed, err error) {
+	if s.cfg.TLS == nil {
+		mode = TLSOff
+	}
 	var b [18]byte
 	be.PutUint64(b[0:], proto.Magic)
 	be.PutUint64(b[8:], proto.OptionMagic)
@@ -66,7 +70,7 @@ func (s *Server) handshake(c net.Conn) (_ *export, a agreed, err error) {
 		}
 		// Options from a client that did not announce fixed newstyle are answered
 		// all the same: go-nbd announces nothing and uses GO.
-		if opt == proto.OptStartTLS && s.cfg.TLS != nil && a.tls == nil && n == 0 {
+		if opt == proto.OptStartTLS && mode != TLSOff && a.tls == nil && n == 0 {
 			if err := reply(c, opt, proto.RepAck, nil); err != nil {
 				return nil, a, err
 			}
@@ -77,7 +81,7 @@ func (s *Server) handshake(c net.Conn) (_ *export, a agreed, err error) {
 			c, a = t, agreed{tls: t} // all that was agreed in the clear is void
 			continue
 		}
-		if _, tcp := c.RemoteAddr().(*net.TCPAddr); s.cfg.TLSRequired && a.tls == nil && tcp && opt != proto.OptAbort {
+		if mode == TLSRequired && a.tls == nil && opt != proto.OptAbort {
 			if opt == proto.OptExportName {
 				return nil, a, errors.New("EXPORT_NAME before TLS")
 			}
@@ -133,6 +137,9 @@ func reply(c net.Conn, opt, typ uint32, data []byte) error {
 func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32, a *agreed) (x *export, done bool, err error) {
 	switch opt {
 	case proto.OptExportName:
+		if a.extended {
+			return nil, true, errors.New("EXPORT_NAME after EXTENDED_HEADERS: GO was due")
+		}
 		if x = s.find(string(data)); x == nil {
 			return nil, true, fmt.Errorf("unknown export %.80q", data)
 		}
@@ -163,11 +170,14 @@ func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32, a *ag
 		return x, err != nil || x != nil && opt == proto.OptGo, err
 	}
 	switch opt {
-	case proto.OptStructuredReply:
-		if len(data) != 0 {
+	case proto.OptStructuredReply, proto.OptExtendedHeaders:
+		switch {
+		case a.extended && opt == proto.OptStructuredReply:
+			return nil, false, reply(c, opt, proto.RepErrExtHeaderReqd, []byte("extended headers are agreed"))
+		case len(data) != 0, a.extended, a.structured && opt == proto.OptStructuredReply:
 			return nil, false, reply(c, opt, proto.RepErrInvalid, nil)
 		}
-		a.structured = true
+		a.structured, a.extended = true, opt == proto.OptExtendedHeaders
 		return nil, false, reply(c, opt, proto.RepAck, nil)
 	case proto.OptListMetaContext, proto.OptSetMetaContext:
 		return nil, false, s.metaContext(c, opt, data, a)

@@ -27,6 +27,9 @@ func errno(err error) proto.Errno {
 
 // Complete takes a finished request back and lists its reply.
 func (cn *conn) Complete(r *block.Request, p *block.Plug) {
+	if changes(r.Op) {
+		cn.x.align.leave(span{r.Off, r.Off + r.Len}, cn.slots[r.Tag].tracked)
+	}
 	cn.answer(uint16(r.Tag), errno(r.Err), p)
 }
 
@@ -44,17 +47,25 @@ func (cn *conn) answer(idx uint16, e proto.Errno, p *block.Plug) {
 		if sl.tail == nil {
 			sl.tail = errorTails[proto.EIO]
 		}
-		proto.PutChunk(sl.hdr[:], proto.ChunkError, sl.cookie, len(sl.tail))
-		n = proto.ChunkLen
+		n = cn.chunk(sl, proto.ChunkError, len(sl.tail))
 	case sl.data:
-		proto.PutChunk(sl.hdr[:], proto.ChunkOffsetData, sl.cookie, 8+len(sl.req.Data))
-		be.PutUint64(sl.hdr[proto.ChunkLen:], sl.offset)
-		n = proto.MaxReplyHeader
+		n = cn.chunk(sl, proto.ChunkOffsetData, 8+len(sl.req.Data))
+		be.PutUint64(sl.hdr[n:], sl.offset)
+		n += 8
 	default:
-		proto.PutChunk(sl.hdr[:], proto.ChunkNone, sl.cookie, 0)
-		n = proto.ChunkLen
+		n = cn.chunk(sl, proto.ChunkNone, 0)
 	}
 	cn.list(idx, n, p)
+}
+
+// chunk writes the header of a slot's only chunk and returns its length.
+func (cn *conn) chunk(sl *slot, typ uint16, n int) int {
+	if cn.agreed.extended {
+		proto.PutExtendedChunk(sl.hdr[:], typ, sl.cookie, sl.offset, n)
+		return proto.ExtendedLen
+	}
+	proto.PutChunk(sl.hdr[:], typ, sl.cookie, n)
+	return proto.ChunkLen
 }
 
 // errorTails are the bodies of error chunks: number and text.
@@ -76,9 +87,10 @@ func (cn *conn) list(idx uint16, n int, p *block.Plug) {
 	sl := &cn.slots[idx]
 	sl.head = n
 	cn.mu.Lock()
+	cn.ended()
 	if cn.dead {
 		cn.mu.Unlock()
-		cn.drop(idx)
+		cn.giveBack(idx)
 		return
 	}
 	cn.pend = append(cn.pend, idx)
@@ -86,12 +98,27 @@ func (cn *conn) list(idx uint16, n int, p *block.Plug) {
 	p.Add(cn)
 }
 
-// drop gives a slot and its buffer back without a reply.
+// drop takes back a request that was not submitted.
 func (cn *conn) drop(idx uint16) {
+	cn.mu.Lock()
+	cn.ended()
+	cn.mu.Unlock()
+	cn.giveBack(idx)
+}
+
+// ended counts a request that the device holds no more. Caller holds mu.
+func (cn *conn) ended() {
+	if cn.working--; cn.working == 0 && cn.orphan {
+		cn.room.Broadcast()
+	}
+}
+
+// giveBack frees a slot and its buffer without a reply.
+func (cn *conn) giveBack(idx uint16) {
 	sl := &cn.slots[idx]
 	if b := sl.req.Data; b != nil {
 		sl.req.Data = nil
-		cn.s.arena.Put(b)
+		cn.release(b)
 	}
 	cn.mu.Lock()
 	cn.free = append(cn.free, idx)
@@ -186,7 +213,8 @@ func (cn *conn) account(n int, failed bool) {
 		cn.mu.Unlock()
 		cn.c.Close()
 	}
-	done := 0
+	cn.moved.Add(int64(n))
+	done, released := 0, false
 	for _, idx := range cn.cur {
 		sl := &cn.slots[idx]
 		step := min(n, sl.size()-sl.sent)
@@ -198,12 +226,13 @@ func (cn *conn) account(n int, failed bool) {
 		if b := sl.req.Data; b != nil {
 			sl.req.Data = nil
 			sl.data = false
-			cn.s.arena.Put(b)
+			cn.release(b)
+			released = true
 		}
 		done++
 	}
 	cn.mu.Lock()
-	wake := len(cn.free) == 0 || cn.dead
+	wake := len(cn.free) == 0 || cn.dead || released && cn.starved
 	cn.free = append(cn.free, cn.cur[:done]...)
 	cn.mu.Unlock()
 	cn.cur = cn.cur[:copy(cn.cur, cn.cur[done:])]
@@ -217,7 +246,9 @@ func (cn *conn) routineReply(stop <-chan struct{}) {
 	for {
 		select {
 		case <-cn.takeOver:
+			cn.awaits.Add(1)
 			cn.send(true)
+			cn.awaits.Add(-1)
 		case <-stop:
 			return
 		}

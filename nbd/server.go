@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sort"
 	"sync"
@@ -23,15 +24,18 @@ import (
 // Config bounds a server.
 type Config struct {
 	Logger         *slog.Logger
-	MaxConnections int // default 64
+	MaxConnections int // of one export, and in the handshake; default 64
 	MaxRequests    int // in flight per connection, default 128
-	// TLS, if set, is offered to clients; with TLSRequired clients that come over
-	// TCP get nothing before it. The kernel's own connections never use it.
-	TLS         *tls.Config
-	TLSRequired bool
-	// Allow, if not empty, are the networks from which TCP clients may come.
-	Allow    []netip.Prefix
-	MaxBytes int // of buffers for the whole server, default 40 MiB
+	// TLS is what listeners with TLS offer. The kernel's own connections never use it.
+	TLS *tls.Config
+	// MaxBytes of buffers are for the clients of one export, default 40 MiB; one
+	// client gets half of them, or one buffer. KernelBytes are for one connection of
+	// the kernel's, default 16 MiB, with Resident all of them from the start.
+	MaxBytes    int
+	KernelBytes int
+	Resident    bool
+
+	stuck time.Duration // stuckTime, but in tests
 }
 
 // Export is a device under a name. Aliases name it too but are not listed.
@@ -45,18 +49,21 @@ type Export struct {
 type export struct {
 	Export
 	orphans     orphans
+	align       *aligner
 	limits      atomic.Pointer[proto.Limits]
 	connections atomic.Int64
+	clients     clients
 }
 
 // Server serves exports to connections. All methods are safe for concurrent use.
 type Server struct {
-	cfg   Config
-	arena *block.Arena
+	cfg Config
 
 	mu      sync.Mutex
 	exports map[string]*export // by name and alias
 	conns   map[*conn]struct{}
+	entered uint64  // connections so far
+	shaking []*conn // in the handshake, oldest first
 	lns     map[net.Listener]struct{}
 	stopped bool
 	alive   sync.WaitGroup
@@ -76,7 +83,13 @@ func NewServer(c Config) *Server {
 	if c.MaxBytes <= 0 {
 		c.MaxBytes = 40 << 20
 	}
-	return &Server{cfg: c, arena: block.NewArena(c.MaxBytes), exports: map[string]*export{}, conns: map[*conn]struct{}{}, lns: map[net.Listener]struct{}{}}
+	if c.stuck <= 0 {
+		c.stuck = stuckTime
+	}
+	if c.KernelBytes <= 0 {
+		c.KernelBytes = 16 << 20
+	}
+	return &Server{cfg: c, exports: map[string]*export{}, conns: map[*conn]struct{}{}, lns: map[net.Listener]struct{}{}}
 }
 
 // Flags are the transmission flags that describe a device: nothing is
@@ -113,7 +126,7 @@ func (s *Server) Resized(name string) {
 // AddExport offers a device. Names are unique over names and aliases.
 func (s *Server) AddExport(e Export) error {
 	g := e.Device.Geometry()
-	x := &export{Export: e}
+	x := &export{Export: e, align: newAligner()}
 	x.limits.Store(limitsOf(g))
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -171,7 +184,7 @@ func (s *Server) Connections(name string) int {
 }
 
 // Serve accepts connections until the listener is closed or Shutdown is called.
-func (s *Server) Serve(ln net.Listener) error {
+func (s *Server) Serve(ln net.Listener, a Access) error {
 	s.mu.Lock()
 	if s.stopped {
 		s.mu.Unlock()
@@ -192,26 +205,30 @@ func (s *Server) Serve(ln net.Listener) error {
 			}
 			return err
 		}
-		go s.ServeConn(c)
+		if cn, ok := s.enter(c, a); ok { // in the order of arrival
+			go s.serve(cn)
+		}
 	}
 }
 
 const handshakeTime = 10 * time.Second
 
 // ServeConn shakes hands and serves one client until it leaves. It owns c.
-func (s *Server) ServeConn(c net.Conn) {
-	cn, ok := s.enter(c)
-	if !ok {
-		c.Close()
-		return
+func (s *Server) ServeConn(c net.Conn, a Access) {
+	if cn, ok := s.enter(c, a); ok {
+		s.serve(cn)
 	}
+}
+
+func (s *Server) serve(cn *conn) {
 	defer s.leave(cn)
+	c := cn.c
 	c.SetDeadline(time.Now().Add(handshakeTime))
-	if !s.welcome(c) {
+	if !cn.access.welcomes(c) {
 		s.cfg.Logger.Warn("NBD client refused: its address is not allowed", "client", c.RemoteAddr().String())
 		return
 	}
-	x, agreed, err := s.handshake(c)
+	x, agreed, err := s.handshake(c, cn.access.TLS)
 	if err != nil {
 		s.cfg.Logger.Debug("NBD handshake ended", "error", err)
 		return
@@ -219,19 +236,26 @@ func (s *Server) ServeConn(c net.Conn) {
 	if x == nil {
 		return
 	}
+	s.known(cn)
 	c.SetDeadline(time.Time{})
 	cn.agreed = agreed
-	s.transmit(cn, x)
+	cn.s, cn.x = s, x
+	if !x.clients.enter(cn, &s.cfg) {
+		s.cfg.Logger.Warn("NBD client refused: the export has all the connections it may have", "export", x.Name, "limit", s.cfg.MaxConnections)
+		return
+	}
+	defer x.clients.leave(cn)
+	cn.transmit()
 }
 
-// welcome tells whether a client may come from its address.
-func (s *Server) welcome(c net.Conn) bool {
-	a, ok := c.RemoteAddr().(*net.TCPAddr)
-	if !ok || len(s.cfg.Allow) == 0 {
+// welcomes tells whether a client may come from its address.
+func (a Access) welcomes(c net.Conn) bool {
+	at, ok := c.RemoteAddr().(*net.TCPAddr)
+	if !ok || len(a.Allow) == 0 {
 		return true
 	}
-	ip := a.AddrPort().Addr().Unmap()
-	return slices.ContainsFunc(s.cfg.Allow, func(p netip.Prefix) bool { return p.Contains(ip) })
+	ip := at.AddrPort().Addr().Unmap()
+	return slices.ContainsFunc(a.Allow, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
 // ServeTransmission serves one export to a client that needs no handshake: the
@@ -242,30 +266,65 @@ func (s *Server) ServeTransmission(c net.Conn, name string) error {
 		c.Close()
 		return fmt.Errorf("export %q does not exist", name)
 	}
-	cn, ok := s.enter(c)
+	cn, ok := s.enterAs(&conn{c: c, s: s, x: x, kernel: true, export: name, given: make(chan *os.File, 1)})
 	if !ok {
 		c.Close()
-		return errors.New("NBD server: too many connections, or shutting down")
+		return errors.New("NBD server: shutting down")
 	}
 	defer s.leave(cn)
-	s.transmit(cn, x)
+	cn.arena, cn.share = block.NewArena(s.cfg.KernelBytes), s.cfg.KernelBytes
+	defer cn.arena.Close()
+	if s.cfg.Resident {
+		if err := cn.arena.Populate(); err != nil {
+			s.cfg.Logger.Error("the buffers of a kernel device are not resident: it may stall when memory is short", "export", name, "cause", err)
+		}
+	}
+	err := cn.transmit()
+	cn.give(err)
 	return nil
 }
 
-func (s *Server) enter(c net.Conn) (*conn, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.stopped || len(s.conns) >= s.cfg.MaxConnections {
+// enter admits a client to the handshake. When too many are in theirs the
+// oldest one goes, so that a flood of silent clients keeps no other out.
+func (s *Server) enter(c net.Conn, a Access) (*conn, bool) {
+	cn, ok := s.enterAs(&conn{c: c, access: a})
+	if !ok {
+		c.Close()
 		return nil, false
 	}
-	cn := &conn{c: c}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.shaking) >= s.cfg.MaxConnections {
+		s.shaking[0].c.Close()
+		s.shaking = append(s.shaking[:0], s.shaking[1:]...)
+	}
+	s.shaking = append(s.shaking, cn)
+	return cn, true
+}
+
+// known ends the handshake of a client.
+func (s *Server) known(cn *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shaking = slices.DeleteFunc(s.shaking, func(have *conn) bool { return have == cn })
+}
+
+func (s *Server) enterAs(cn *conn) (*conn, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		return nil, false
+	}
 	s.conns[cn] = struct{}{}
+	s.entered++
+	cn.nth = s.entered
 	s.alive.Add(1)
 	return cn, true
 }
 
 func (s *Server) leave(cn *conn) {
 	cn.c.Close()
+	s.known(cn)
 	s.mu.Lock()
 	delete(s.conns, cn)
 	s.mu.Unlock()
@@ -288,7 +347,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	go func() { s.alive.Wait(); close(done) }()
 	select {
 	case <-done:
-		s.arena.Close()
 		return nil
 	case <-ctx.Done():
 	}

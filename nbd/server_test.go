@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
@@ -24,9 +25,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type ram struct {
 	mu   sync.Mutex
 	data []byte
-	hold bool
+	hold bool // all requests
+	only bool // those that change the disk, with hold
 	held []*block.Request
 	seen []block.Request
+	sent []byte // the first byte of each write, in order
 }
 
 func (d *ram) Geometry() block.Geometry {
@@ -36,7 +39,10 @@ func (d *ram) Geometry() block.Geometry {
 func (d *ram) Submit(r *block.Request, p *block.Plug) {
 	d.mu.Lock()
 	d.seen = append(d.seen, *r)
-	if d.hold {
+	if r.Op == block.Write {
+		d.sent = append(d.sent, r.Data[0])
+	}
+	if d.hold && (!d.only || changes(r.Op)) {
 		d.held = append(d.held, r)
 		d.mu.Unlock()
 		return
@@ -55,6 +61,13 @@ func (d *ram) run(r *block.Request) {
 	case block.Trim, block.WriteZeroes:
 		clear(d.data[r.Off : r.Off+r.Len])
 	}
+}
+
+// bytes is a copy of n bytes from off on.
+func (d *ram) bytes(off, n int) []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return bytes.Clone(d.data[off : off+n])
 }
 
 func (d *ram) requests() []block.Request {
@@ -84,13 +97,18 @@ type peer struct {
 	net.Conn
 }
 
+func listenUnix(t testing.TB, sock string) net.Listener {
+	ln, err := net.Listen("unix", sock)
+	require.NoError(t, err)
+	return ln
+}
+
 func newServer(t testing.TB, c Config) (*Server, *ram, func() *peer) {
 	s, d := NewServer(c), &ram{data: make([]byte, 64<<20)}
 	require.NoError(t, s.AddExport(Export{Name: "disk", Aliases: []string{"3600"}, Description: "FAKE DISK", Device: d}))
 	sock := filepath.Join(t.TempDir(), "n")
-	ln, err := net.Listen("unix", sock)
-	require.NoError(t, err)
-	go s.Serve(ln)
+	ln := listenUnix(t, sock)
+	go s.Serve(ln, Access{})
 	t.Cleanup(func() {
 		d.release()
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
@@ -165,7 +183,7 @@ func (p *peer) enter() *peer {
 
 func (p *peer) ask(typ, flags uint16, cookie, off uint64, n uint32, data []byte) {
 	b := make([]byte, proto.RequestLen)
-	proto.PutRequest(b, proto.Request{Flags: flags, Type: typ, Cookie: cookie, Offset: off, Length: n})
+	proto.PutRequest(b, proto.Request{Flags: flags, Type: typ, Cookie: cookie, Offset: off, Length: uint64(n)})
 	p.Write(append(b, data...))
 }
 
@@ -297,7 +315,7 @@ func TestRequestsOutOfBoundsAreRefusedAndTheConnectionGoesOn(t *testing.T) {
 	}{
 		{proto.CmdRead, 0, 64 << 20, 512, nil, proto.EINVAL},
 		{proto.CmdRead, 0, 1<<64 - 512, 1024, nil, proto.EINVAL},
-		{proto.CmdRead, 0, 1, 512, nil, proto.EINVAL},
+		{proto.CmdRead, 0, 64<<20 - 100, 512, nil, proto.EINVAL},
 		{proto.CmdRead, 0, 0, 1<<32 - 512, nil, proto.EOVERFLOW},
 		{proto.CmdWrite, 0, 64<<20 - 512, 1024, big[:1024], proto.ENOSPC},
 		{proto.CmdWrite, 0, 0, uint32(len(big)), big, proto.EOVERFLOW},
@@ -425,18 +443,21 @@ func TestClientThatNeverReadsStallsNobodyElse(t *testing.T) {
 func TestConnectionsBeyondTheLimitAreClosed(t *testing.T) {
 	_, _, dial := newServer(t, Config{MaxConnections: 2})
 	a, b := dial().enter(), dial().enter()
-	dial().closed()
-	for _, p := range []*peer{a, b} {
-		p.ask(proto.CmdRead, 0, 1, 0, 512, nil)
-		e, _ := p.answer()
-		require.Equal(t, proto.OK, e)
-		p.get(512)
+	for range 2 {
+		for _, p := range []*peer{a, b} {
+			p.ask(proto.CmdRead, 0, 1, 0, 512, nil)
+			e, _ := p.answer()
+			require.Equal(t, proto.OK, e)
+			p.get(512)
+		}
+		dial().enter().closed()
 	}
 	a.Close()
 	require.Eventually(t, func() bool {
-		p := dial()
-		p.SetReadDeadline(time.Now().Add(time.Second))
-		_, err := io.ReadFull(p, make([]byte, 18))
+		p := dial().enter()
+		p.SetDeadline(time.Now().Add(time.Second))
+		p.ask(proto.CmdRead, 0, 1, 0, 512, nil)
+		_, err := io.ReadFull(p, make([]byte, proto.ReplyLen+512))
 		return err == nil
 	}, 5*time.Second, 10*time.Millisecond)
 }
@@ -450,7 +471,7 @@ func FuzzHandshake(f *testing.F) {
 		s.AddExport(Export{Name: "disk", Device: &ram{data: make([]byte, 1<<20)}})
 		a, b := net.Pipe()
 		done := make(chan struct{})
-		go func() { defer close(done); s.handshake(b); b.Close() }()
+		go func() { defer close(done); s.handshake(b, TLSOff); b.Close() }()
 		go func() { a.Write(in); a.Close() }()
 		io.Copy(io.Discard, a)
 		<-done
@@ -465,11 +486,19 @@ func FuzzTransmission(f *testing.F) {
 		proto.PutRequest(b, r)
 		return append(b, data...)
 	}
-	f.Add(rq(proto.Request{Type: proto.CmdRead, Length: 512}))
-	f.Add(append(rq(proto.Request{Type: proto.CmdWrite, Length: 512}, make([]byte, 512)...), rq(proto.Request{Type: proto.CmdFlush})...))
-	f.Add(append(rq(proto.Request{Type: proto.CmdTrim, Offset: 3, Length: 9999}), rq(proto.Request{Type: proto.CmdWriteZeroes, Length: 4096})...))
-	f.Add(rq(proto.Request{Type: proto.CmdWrite, Length: 1 << 31}))
-	f.Fuzz(func(t *testing.T, in []byte) {
+	f.Add(false, rq(proto.Request{Type: proto.CmdRead, Length: 512}))
+	f.Add(false, append(rq(proto.Request{Type: proto.CmdWrite, Length: 512}, make([]byte, 512)...), rq(proto.Request{Type: proto.CmdFlush})...))
+	f.Add(false, append(rq(proto.Request{Type: proto.CmdTrim, Offset: 3, Length: 9999}), rq(proto.Request{Type: proto.CmdWriteZeroes, Length: 4096})...))
+	f.Add(false, rq(proto.Request{Type: proto.CmdWrite, Length: 1 << 31}))
+	wide := func(r proto.Request, data ...byte) []byte {
+		b := make([]byte, proto.ExtendedLen)
+		proto.PutExtendedRequest(b, r)
+		return append(b, data...)
+	}
+	f.Add(true, wide(proto.Request{Type: proto.CmdRead, Length: 512}))
+	f.Add(true, append(wide(proto.Request{Type: proto.CmdWrite, Flags: proto.CmdFlagPayload, Length: 512}, make([]byte, 512)...), wide(proto.Request{Type: proto.CmdFlush})...))
+	f.Add(true, append(wide(proto.Request{Type: 99, Flags: proto.CmdFlagPayload, Length: 16}, make([]byte, 16)...), wide(proto.Request{Type: proto.CmdTrim, Length: 1 << 62})...))
+	f.Fuzz(func(t *testing.T, extended bool, in []byte) {
 		s := NewServer(Config{MaxRequests: 4})
 		s.AddExport(Export{Name: "disk", Device: &ram{data: make([]byte, 1<<20)}})
 		dir := t.TempDir()
@@ -481,7 +510,13 @@ func FuzzTransmission(f *testing.F) {
 		sc, err := ln.Accept()
 		require.NoError(t, err)
 		done := make(chan struct{})
-		go func() { defer close(done); s.ServeTransmission(sc, "disk") }()
+		cn, ok := s.enter(sc, Access{})
+		require.True(t, ok)
+		cn.agreed = agreed{structured: extended, extended: extended}
+		x := s.find("disk")
+		cn.s, cn.x = s, x
+		require.True(t, x.clients.enter(cn, &s.cfg))
+		go func() { defer close(done); cn.transmit(); x.clients.leave(cn); s.leave(cn) }()
 		go func() { c.Write(in); c.(*net.UnixConn).CloseWrite() }()
 		io.Copy(io.Discard, c)
 		<-done
@@ -518,4 +553,11 @@ func TestWritesWaitForThoseOfAConnectionThatEnded(t *testing.T) {
 	d.mu.Lock()
 	require.Equal(t, byte('b'), d.data[0])
 	d.mu.Unlock()
+}
+
+func fileConn(t *testing.T, f *os.File) net.Conn {
+	c, err := net.FileConn(f)
+	require.NoError(t, err)
+	f.Close()
+	return c
 }

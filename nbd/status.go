@@ -87,6 +87,21 @@ func (s *Server) metaContext(c net.Conn, opt uint32, data []byte, a *agreed) err
 	return reply(c, opt, proto.RepAck, nil)
 }
 
+// extents asks for whole blocks and cuts the answer to what was asked for.
+func extents(m block.Mapper, off, n, bs int64, limit int) []block.Extent {
+	start, end := off/bs*bs, (off+n+bs-1)/bs*bs
+	all := m.Extents(context.Background(), start, end-start, limit)
+	all[0].Len -= off - start
+	for i := range all {
+		if all[i].Len >= n {
+			all[i].Len = n
+			return all[:i+1]
+		}
+		n -= all[i].Len
+	}
+	return all
+}
+
 // blockStatus answers BLOCK_STATUS with a chunk for each context. It runs in a
 // goroutine of its own, because the device may have to be asked; the slot
 // bounds how many there are.
@@ -101,12 +116,16 @@ func (cn *conn) blockStatus(idx uint16, rq proto.Request) {
 		if !on {
 			continue
 		}
-		var es []byte
+		type run struct {
+			n      int64
+			status uint32
+		}
+		var runs []run
 		switch id {
 		case contextAllocation:
 			all := []block.Extent{{Len: int64(rq.Length)}}
 			if m, ok := cn.x.Device.(block.Mapper); ok {
-				all = m.Extents(context.Background(), int64(rq.Offset), int64(rq.Length), limit)
+				all = extents(m, int64(rq.Offset), int64(rq.Length), int64(cn.x.limits.Load().Block), limit)
 			}
 			for _, e := range all {
 				st := uint32(0)
@@ -116,21 +135,32 @@ func (cn *conn) blockStatus(idx uint16, rq proto.Request) {
 				if e.Zero {
 					st |= proto.StateZero
 				}
-				es = be.AppendUint32(be.AppendUint32(es, uint32(e.Len)), st)
+				runs = append(runs, run{e.Len, st})
 			}
 		case contextPath:
 			st := uint32(0)
 			if d, ok := cn.x.Device.(pathTeller); ok {
 				st = d.ServingPath()
 			}
-			es = be.AppendUint32(be.AppendUint32(es, rq.Length), st)
+			runs = []run{{int64(rq.Length), st}}
 		}
-		var h [proto.ChunkLen]byte
-		proto.PutChunk(h[:], proto.ChunkBlockStatus, rq.Cookie, 4+len(es))
-		be.PutUint16(h[4:], 0)
+		var h [proto.ExtendedLen]byte
 		last = len(tail)
-		tail = append(tail, h[:]...)
-		tail = append(be.AppendUint32(tail, uint32(id)), es...)
+		if cn.agreed.extended {
+			proto.PutExtendedChunk(h[:], proto.ChunkBlockStatusExt, rq.Cookie, rq.Offset, 8+16*len(runs))
+			tail = be.AppendUint32(append(tail, h[:]...), uint32(id))
+			tail = be.AppendUint32(tail, uint32(len(runs)))
+			for _, r := range runs {
+				tail = be.AppendUint64(be.AppendUint64(tail, uint64(r.n)), uint64(r.status))
+			}
+		} else {
+			proto.PutChunk(h[:], proto.ChunkBlockStatus, rq.Cookie, 4+8*len(runs))
+			tail = be.AppendUint32(append(tail, h[:proto.ChunkLen]...), uint32(id))
+			for _, r := range runs {
+				tail = be.AppendUint32(be.AppendUint32(tail, uint32(r.n)), r.status)
+			}
+		}
+		be.PutUint16(tail[last+4:], 0) // more chunks follow
 	}
 	be.PutUint16(tail[last+4:], proto.ChunkDone)
 	cn.slots[idx].tail = tail

@@ -44,8 +44,14 @@ func context1(name string, queries ...string) []byte {
 // structured goes to transmission with structured replies and contexts.
 func (p *peer) structured(queries ...string) *peer {
 	p.t.Helper()
+	return p.with(proto.OptStructuredReply, queries...)
+}
+
+// with goes to transmission after an option without data and contexts.
+func (p *peer) with(opt uint32, queries ...string) *peer {
+	p.t.Helper()
 	p.hello(3)
-	p.Write(option(proto.OptStructuredReply, nil))
+	p.Write(option(opt, nil))
 	_, typ, _ := p.reply()
 	require.Equal(p.t, proto.RepAck, typ)
 	if len(queries) > 0 {
@@ -104,7 +110,7 @@ func TestBlockStatusAnswersEachContext(t *testing.T) {
 	require.NoError(t, s.AddExport(Export{Name: "disk", Device: d}))
 	ln, err := net.Listen("unix", t.TempDir()+"/n")
 	require.NoError(t, err)
-	go s.Serve(ln)
+	go s.Serve(ln, Access{})
 	t.Cleanup(func() { s.Shutdown(context.Background()) })
 	dial := func() *peer {
 		c, err := net.Dial("unix", ln.Addr().String())
@@ -186,12 +192,12 @@ func selfSigned(t *testing.T) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-func tcpServer(t *testing.T, c Config) (*ram, func() *peer) {
+func tcpServer(t *testing.T, c Config, a Access) (*ram, func() *peer) {
 	s, d := NewServer(c), &ram{data: make([]byte, 64<<20)}
 	require.NoError(t, s.AddExport(Export{Name: "disk", Device: d}))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	go s.Serve(ln)
+	go s.Serve(ln, a)
 	t.Cleanup(func() { s.Shutdown(context.Background()) })
 	return d, func() *peer {
 		nc, err := net.Dial("tcp", ln.Addr().String())
@@ -208,7 +214,7 @@ func TestTLSIsAskedForAndThenCarriesEverything(t *testing.T) {
 	leaf, err := x509.ParseCertificate(cert.Certificate[0])
 	require.NoError(t, err)
 	pool.AddCert(leaf)
-	d, dial := tcpServer(t, Config{TLS: &tls.Config{Certificates: []tls.Certificate{cert}}, TLSRequired: true})
+	d, dial := tcpServer(t, Config{TLS: &tls.Config{Certificates: []tls.Certificate{cert}}}, Access{TLS: TLSRequired})
 	p := dial()
 	p.hello(3)
 	for _, o := range [][]byte{option(proto.OptGo, name("disk")), option(proto.OptList, nil), option(proto.OptStructuredReply, nil)} {
@@ -247,8 +253,8 @@ func TestTLSIsAskedForAndThenCarriesEverything(t *testing.T) {
 }
 
 func TestOnlyAllowedAddressesAreServed(t *testing.T) {
-	_, dial := tcpServer(t, Config{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}})
+	_, dial := tcpServer(t, Config{}, Access{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}})
 	dial().closed()
-	_, dial = tcpServer(t, Config{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8")}})
+	_, dial = tcpServer(t, Config{}, Access{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8")}})
 	works(t, dial)
 }

@@ -54,8 +54,24 @@ type door struct {
 	closed bool // logins are refused
 	depth  int
 	logins int
-	now    *fake
-	ghosts []ghost // writes of dead sessions that may still execute
+	// knocked counts those that were refused too.
+	knocked int
+	now     *fake
+	ghosts  []ghost      // writes of dead sessions that may still execute
+	asked   []byte       // operation codes of control commands
+	probe   func() error // what reads of checkers and probes meet; may sleep
+}
+
+func (d *door) knocks() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.knocked
+}
+
+func (d *door) controls() []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return bytes.Clone(d.asked)
 }
 
 type ghost struct {
@@ -80,6 +96,7 @@ var errDoor = errors.New("login refused by the test")
 func (d *door) open(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.knocked++
 	if d.closed {
 		return nil, errDoor
 	}
@@ -170,7 +187,22 @@ func (f *fake) Do(_ context.Context, c *initiator.Command) error {
 		return initiator.ErrSessionLost
 	}
 	c.Result = initiator.Result{}
+	if f.door != nil {
+		f.door.mu.Lock()
+		f.door.asked = append(f.door.asked, c.CDB[0])
+		f.door.mu.Unlock()
+	}
 	var b []byte
+	if f.door != nil && c.CDB[0] == 0x88 {
+		f.door.mu.Lock()
+		probe := f.door.probe
+		f.door.mu.Unlock()
+		if probe != nil {
+			if err := probe(); err != nil {
+				return err
+			}
+		}
+	}
 	switch {
 	case c.CDB[0] == 0x12 && c.CDB[1]&1 == 0:
 		b = make([]byte, 36)

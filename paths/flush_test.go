@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/initiator"
 )
 
 // twoServers is a group over two target names whose caches are their own; the
@@ -84,4 +85,106 @@ func TestFlushFailsWhenItsServerDoesNotComeBackInTime(t *testing.T) {
 			require.ErrorIs(t, flush.Err, block.ErrIO)
 		})
 	}
+}
+
+// A flush is still under way: another one must not take the path for clean,
+// because the first may yet fail.
+func TestSecondFlushDoesNotTrustTheFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue, Policy: "multibus", Selector: "round-robin 0", MultibusServers: true})
+		defer closeGroup(g)
+		dn := newDone()
+		for i := range 2 {
+			submit(g, writeOf(dn, i, 1))
+		}
+		a, b := doors[0].session(), doors[1].session()
+		ended(t, a, 0x8a)
+		ended(t, b, 0x8a)
+		first, second := &block.Request{Op: block.Flush, Owner: dn}, &block.Request{Op: block.Flush, Owner: dn}
+		submit(g, first)
+		submit(g, second)
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Zero(t, dn.count(second), "flushed without the server whose flush is under way")
+		doors[0].set(true)
+		a.Abort(errDoor)
+		synctest.Wait()
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Zero(t, dn.count(first))
+		require.Zero(t, dn.count(second))
+		doors[0].set(false)
+		time.Sleep(5 * time.Second)
+		for range 3 {
+			for _, d := range doors {
+				for len(d.session().pending()) > 0 {
+					ended(t, d.session(), 0x91)
+				}
+			}
+		}
+		require.Equal(t, 1, dn.count(first))
+		require.Equal(t, 1, dn.count(second))
+	})
+}
+
+// A path that is suspect takes no new I/O, but it may hold writes that a flush
+// has to reach.
+func TestFlushReachesAPathThatIsOnlySuspect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue})
+		defer closeGroup(g)
+		dn := newDone()
+		submit(g, writeOf(dn, 1, 1))
+		a, b := doors[0].session(), doors[1].session()
+		ended(t, a, 0x8a)
+		a.onState(initiator.Suspect, errDoor)
+		f := &block.Request{Op: block.Flush, Owner: dn}
+		submit(g, f)
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Zero(t, dn.count(f), "success without the server that holds the write")
+		ended(t, a, 0x91)
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Equal(t, 1, dn.count(f))
+	})
+}
+
+// A write that may yet be executed by a server that went silent is acknowledged
+// by the other one. Its late copy would be the newest, in a cache that a flush
+// through the other does not reach.
+func TestFlushWaitsForTheFenceOfAServerWithACacheOfItsOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue})
+		defer closeGroup(g)
+		dn := newDone()
+		w := writeOf(dn, 1, 1)
+		submit(g, w)
+		require.Len(t, doors[0].session().pending(), 1)
+		doors[0].set(true)
+		doors[0].session().Abort(errDoor)
+		synctest.Wait()
+		b := doors[1].session()
+		ended(t, b, 0x8a)
+		require.Equal(t, 1, dn.count(w), "the retry waits")
+		flush := &block.Request{Op: block.Flush, Owner: dn}
+		submit(g, flush)
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Zero(t, dn.count(flush), "success although the late copy is not flushed")
+		doors[0].set(false)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		require.Contains(t, doors[0].controls(), byte(0x91), "its server was not flushed")
+		for len(b.pending()) > 0 {
+			ended(t, b, 0x91)
+		}
+		require.Equal(t, 1, dn.count(flush))
+		require.NoError(t, flush.Err)
+	})
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,7 +17,6 @@ import (
 	"github.com/mpathd/mpathd/checker"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/selector"
-	"github.com/mpathd/mpathd/selector/prio"
 )
 
 // Session is a way to the target; *initiator.Session is one.
@@ -33,68 +31,12 @@ type Session interface {
 // Opener logs in anew, with the ISID that belongs to the path.
 type Opener func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error)
 
-// no_path_retry values besides a number of checks.
-const (
-	Queue = -1 // wait for a path for ever
-	Fail  = 0  // fail at once
-)
-
-// Config is the policy of a map.
-type Config struct {
-	Alias, WWID        string
-	Policy             string // failover (default), multibus or group_by_*
-	Selector           string
-	Checker            string
-	Prio, PrioArgs     string        // of selector/prio; empty: alua if the unit knows it, else const
-	Failback           string        // Immediate (default), Manual, Followover
-	FailbackAfter      time.Duration // not 0: immediate, but after this wait
-	MinIO              int           // I/Os in a row that round-robin gives a path; 0 counts as 1
-	WeightByPrio       bool          // rr_weight priorities: MinIO times the path's priority
-	NoPathRetry        int           // Queue, Fail or a number of polling intervals
-	PollingInterval    time.Duration
-	MaxPollingInterval time.Duration
-	CheckTimeout       time.Duration
-	Merge              bool // the WWID was named by the operator: trust a numbered default ID
-	QueueDepth         int  // commands per path, default 128
-	Logger             *slog.Logger
-
-	Protection string        // Hold (default), Strict or Off
-	FenceWait  time.Duration // after which an unfenced session is complained about, default 30 s
-	Quarantine time.Duration // after which an unfenced session counts as dead without proof; 0 never
-	// FenceCommand fences a path outside iSCSI; nil means that it worked.
-	FenceCommand func(ctx context.Context, path string) error
-	// OnRisk is told that a path is about to take writes (before the first),
-	// with the portals through which its session could be fenced, and that
-	// nothing of it can execute any more. What is at risk when the process
-	// dies is Unfenced of the next run.
-	OnRisk     func(path string, risk bool, portals []string)
-	Unfenced   []Unfenced
-	AutoResize string // GrowOnly (default), Never or GrowAndCut
-	// OnResize is told the new size in bytes.
-	OnResize func(size int64) error
-	// Replicated says that the servers of this disk replicate every write
-	// before they acknowledge it: a flush of one of them is enough.
-	Replicated bool
-	// MultibusServers allows the policy multibus over different target names.
-	MultibusServers bool
-}
-
-// Unfenced is a path on which an earlier run may have left writes on the way.
-// All mutations are held until it is fenced: by its own login, or by a login
-// with its ISID through one of the portals that proved able to.
-type Unfenced struct {
-	Path string
-	LUN  [8]byte
-	Via  map[string]func(ctx context.Context) (Session, error)
-}
-
 // Group is one logical unit through its paths. See the package comment.
 type Group struct {
 	policy atomic.Pointer[policy]
 	info   atomic.Pointer[initiator.LUInfo] // the unit; a resize replaces it
 	log    *slog.Logger
-	zeroes []byte // source of written zeroes, never modified
-	maxIO  int64  // bytes per command
+	maxIO  atomic.Int64 // bytes per command
 
 	noStatus        atomic.Bool // the unit does not know GET LBA STATUS
 	noUnmap, noSame atomic.Bool // the unit turned out not to know these
@@ -102,11 +44,21 @@ type Group struct {
 	everyPath       atomic.Pointer[[]*Path]
 	through         atomic.Bool // writes are sent with FUA: no server keeps any that another cannot flush
 	ledger          ledger
+	requests        requests
 	retried         histogram    // requests that needed a second path, from submission to completion
 	failedUp        atomic.Int64 // requests that failed
+	hedges          atomic.Int64 // reads that were issued twice
+	hedgesWon       atomic.Int64 // of those, the ones that the second path answered first
+	loss            loss
+	losses          atomic.Uint32 // sessions that ended
 	resizing        sync.Mutex
 	waiting         atomic.Int64 // requests in the queue
 	stop            chan struct{}
+	targets         *Targets
+	reserveMu       sync.Mutex    // held while a path makes the reservation
+	reserved        atomic.Bool   // for our keys
+	preempts        atomic.Bool   // and PREEMPT AND ABORT was seen to work
+	unreserved      atomic.Bool   // reservations are not ours to use
 	testing         chan struct{} // held by the path whose session is under self-test
 	routines        sync.WaitGroup
 
@@ -120,14 +72,20 @@ type Group struct {
 	active        *Path // a path of the group that serves
 	switched      *Path // a path of the group that the operator switched to
 	begun         time.Time
-	activating    bool        // an explicit transition is under way: I/O waits
-	patience      *time.Timer // see premature
-	failback      *time.Timer // end of the wait for FailbackAfter
+	quiet         map[string]int // targets to which I/O waits, see hush
+	activating    bool           // an explicit transition is under way: I/O waits
+	patience      *time.Timer    // see premature
+	failback      *time.Timer    // end of the wait for FailbackAfter
 	failbackDue   bool
 	groupSwitches int64
 	giveUp        *time.Timer
+	giveUpAt      time.Time     // when that ends
+	noPathSince   time.Time     // zero while a path is usable
+	noPath        time.Duration // without a path before that
+	queueTimeouts int64
 	parked        *block.Request // flushes that wait for a path, linked by Route.Next
 	giveUpFlush   *time.Timer
+	hedging       bool // the hedger runs
 	failing       bool // no_path_retry is used up
 	forced        int  // operator's queue on (1) or off (-1)
 }
@@ -139,79 +97,13 @@ type table struct {
 	paths    []*Path           // of the active group, that serve
 	loads    []*selector.Load
 	all      []*Path // of every group, that serve
+	able     []*Path // of those, the ones that are not in standby
 }
 
-// policy is the configuration in force with what it was made into, immutable:
-// Reconfigure replaces it.
-type policy struct {
-	Config
-	checker  checker.Checker
-	prio     prio.Prio
-	selector selector.Selector
-}
-
-func (g *Group) cfg() *policy { return g.policy.Load() }
-
-const maxCommand = 4 << 20 // bytes; larger requests go in steps
-
-// newPolicy checks a configuration for a unit and fills in defaults.
-func newPolicy(c Config, first *initiator.LUInfo) (*policy, error) {
-	if c.Policy == "" {
-		c.Policy = "failover"
-	}
-	if !slices.Contains(policies, c.Policy) {
-		return nil, fmt.Errorf("map %s: path_grouping_policy %q: want %s", c.Alias, c.Policy, strings.Join(policies, ", "))
-	}
-	switch c.Failback {
-	case "":
-		c.Failback = Immediate
-	case Immediate, Manual, Followover:
-	default:
-		return nil, fmt.Errorf("map %s: failback %q: want immediate, manual, followover or seconds", c.Alias, c.Failback)
-	}
-	sel, err := selector.New(c.Selector, now)
-	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
-	}
-	chk, err := checker.New(c.Checker)
-	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
-	}
-	name := c.Prio
-	if name == "" && first.TPGS != 0 {
-		name = "alua"
-	}
-	pr, err := prio.New(name, c.PrioArgs)
-	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
-	}
-	if c.PollingInterval <= 0 {
-		c.PollingInterval = 5 * time.Second
-	}
-	if c.MaxPollingInterval < c.PollingInterval {
-		c.MaxPollingInterval = 4 * c.PollingInterval
-	}
-	if c.CheckTimeout <= 0 {
-		c.CheckTimeout = 30 * time.Second
-	}
-	if c.QueueDepth <= 0 {
-		c.QueueDepth = 128
-	}
-	switch c.Protection {
-	case "":
-		c.Protection = Hold
-	case Hold, Strict, Off:
-	default:
-		return nil, fmt.Errorf("map %s: ghost_protection %q: want hold, strict or off", c.Alias, c.Protection)
-	}
-	if c.FenceWait <= 0 {
-		c.FenceWait = 30 * time.Second
-	}
-	if c.Logger == nil {
-		c.Logger = slog.New(slog.DiscardHandler)
-	}
-	return &policy{c, chk, pr, sel}, nil
-}
+const (
+	maxCommand = 4 << 20 // bytes; larger requests go in steps
+	maxPaths   = 30      // flushes keep a bit for each, beside stateSynced and stateRewrite
+)
 
 // NewGroup makes a map of the logical unit that first describes. It has no path yet.
 func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
@@ -223,23 +115,36 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 		return nil, err
 	}
 	c = pol.Config
-	g := &Group{begun: time.Now(), log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), testing: make(chan struct{}, 1)}
+	g := &Group{begun: time.Now(), log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), quiet: map[string]int{}, testing: make(chan struct{}, 1)}
+	g.ledger.omit = c.LeaveOut
+	if g.targets = c.Targets; g.targets == nil {
+		g.targets = NewTargets()
+	}
+	g.targets.mu.Lock()
+	g.targets.groups[g] = true
+	g.targets.mu.Unlock()
+	for target, class := range c.Classes {
+		if class == Drops {
+			g.targets.remember(target, true)
+		}
+	}
+	if c.Lost {
+		g.loss.lose(now(), g.ledger.omit)
+		g.loss.saved = true
+	}
 	g.policy.Store(pol)
 	g.info.Store(first)
-	bs := int64(first.BlockSize)
-	g.maxIO = maxCommand
-	if first.MaxTransfer > 0 {
-		g.maxIO = min(g.maxIO, int64(first.MaxTransfer)*bs)
-	}
-	if !first.Use16 {
-		g.maxIO = min(g.maxIO, 65535*bs)
-	}
-	g.zeroes = make([]byte, min(g.maxIO, 256<<10)&^(bs-1))
+	g.maxIO.Store(g.largest(first))
 	g.table.Store(&table{})
 	g.everyPath.Store(&[]*Path{})
+	g.routines.Add(1)
+	go g.routineCompare()
+	g.mu.Lock()
+	g.hedge()
+	g.mu.Unlock()
 	for _, u := range c.Unfenced {
 		if c.Protection != Off {
-			e := &epoch{name: u.Path, whole: true, since: time.Now(), fenced: make(chan struct{})}
+			e := &epoch{name: u.Path, key: u.Key, whole: true, since: time.Now(), fenced: make(chan struct{})}
 			var ways []fenceWay
 			for portal, open := range u.Via {
 				ways = append(ways, fenceWay{portal, open})
@@ -256,7 +161,7 @@ func (g *Group) Geometry() block.Geometry {
 	l := g.lu()
 	return block.Geometry{
 		Size: l.Size(), BlockSize: l.BlockSize, PhysicalBlock: l.PhysicalBlock, OptimalIO: int(l.OptTransfer) * l.BlockSize,
-		ReadOnly: l.ReadOnly, Rotational: l.Rotational, Trim: l.Unmap, FastZero: l.Unmap && l.Zeroes && !g.noSame.Load(), WriteCache: l.WriteCache,
+		ReadOnly: l.ReadOnly, Rotational: l.Rotational, Trim: l.Unmap, FastZero: l.UnmapSame && l.Zeroes && !g.noSame.Load(), WriteCache: l.WriteCache,
 	}
 }
 
@@ -301,6 +206,8 @@ type PathConfig struct {
 	Order                     int // as configured: lower is better, whoever comes up first
 	Open                      Opener
 	OpenAt                    OpenerAt // nil: no fencing through other portals, no self-test
+	Key                       uint64   // for FenceBy ByPreempt; the host's part is KeyOwner; 0: none
+	Announced                 *uint16  // the portal group tag that discovery named, if it did
 }
 
 // ErrRefused wraps every refusal of AddPath.
@@ -322,8 +229,8 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 			return nil, fmt.Errorf("%w: map %s: %w", ErrRefused, g.cfg().Alias, err)
 		}
 	}
-	if len(g.paths) == 32 {
-		return nil, fmt.Errorf("%w: map %s has 32 paths already", ErrRefused, g.cfg().Alias)
+	if len(g.paths) == maxPaths {
+		return nil, fmt.Errorf("%w: map %s has %d paths already", ErrRefused, g.cfg().Alias, maxPaths)
 	}
 	for _, p := range g.paths {
 		if p.Name == pc.Name {
@@ -334,9 +241,6 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 	if servers && g.cfg().Policy == "multibus" && !g.cfg().MultibusServers {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, errServers(g.cfg().Alias, first, pc.Target))
 	}
-	if servers && g.lu().WriteCache && g.lu().DPOFUA && !g.cfg().Replicated && !g.through.Swap(true) {
-		g.log.Info("the servers have caches of their own: writes are sent with FUA", "unless", "--replicated")
-	}
 	index := 0 // the lowest free one: flushes keep a bit for each
 	for slices.ContainsFunc(g.paths, func(p *Path) bool { return p.index == index }) {
 		index++
@@ -346,6 +250,7 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 	slices.SortStableFunc(g.paths, func(a, b *Path) int { return a.Order - b.Order })
 	every := slices.Clone(g.paths)
 	g.everyPath.Store(&every)
+	g.decideThrough()
 	g.routines.Add(1)
 	go p.routine()
 	return p, nil
@@ -358,7 +263,7 @@ func (g *Group) publish() {
 	t := &table{selector: c.selector}
 	t.observer, _ = c.selector.(selector.Observer)
 	for _, fits := range []func(*Path) bool{
-		func(p *Path) bool { return !p.suspect && !p.delayed },
+		func(p *Path) bool { return !p.suspect && !p.delayed() },
 		func(p *Path) bool { return !p.suspect },
 		func(*Path) bool { return true },
 	} {
@@ -371,6 +276,13 @@ func (g *Group) publish() {
 			break
 		}
 	}
+	for _, marginal := range []bool{false, true} { // in the order in which retries try them
+		for _, p := range t.all {
+			if p.checkState != checker.Ghost && g.quiet[p.Target] == 0 && p.marginal() == marginal {
+				t.able = append(t.able, p)
+			}
+		}
+	}
 	before := g.table.Load().all
 	usable := func(p *Path) bool { return slices.Contains(t.all, p) }
 	came := func(p *Path) bool { return usable(p) && !slices.Contains(before, p) }
@@ -378,7 +290,7 @@ func (g *Group) publish() {
 		wait := g.premature(to)
 		g.enter(to, usable, wait)
 		if !g.activating && !wait {
-			t.paths = servers(to, usable)
+			t.paths = servers(to, func(p *Path) bool { return usable(p) && g.quiet[p.Target] == 0 })
 		}
 	}
 	for _, p := range t.paths {
@@ -393,14 +305,21 @@ func (g *Group) publish() {
 	switch {
 	case len(t.all) > 0:
 		g.failing = false
+		if !g.noPathSince.IsZero() {
+			g.noPath += time.Since(g.noPathSince)
+			g.noPathSince = time.Time{}
+		}
 		if g.giveUp != nil {
 			g.giveUp.Stop()
 			g.giveUp = nil
 		}
 	case len(old.all) > 0 && !g.closed:
+		g.wakeRested()
+		g.noPathSince = time.Now()
 		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
 		if n := g.cfg().NoPathRetry; n > 0 && g.giveUp == nil {
-			g.giveUp = time.AfterFunc(time.Duration(n)*g.cfg().PollingInterval, g.stopQueueing)
+			wait := time.Duration(n) * g.cfg().PollingInterval
+			g.giveUp, g.giveUpAt = time.AfterFunc(wait, g.stopQueueing), time.Now().Add(wait)
 		}
 	}
 }
@@ -418,6 +337,9 @@ func (g *Group) retryText() string {
 
 // queueing tells whether requests wait when no path is left. Caller holds mu.
 func (g *Group) queueing() bool {
+	if len(g.quiet) > 0 {
+		return true
+	}
 	if g.forced != 0 {
 		return g.forced > 0
 	}
@@ -428,67 +350,15 @@ func (g *Group) stopQueueing() {
 	g.mu.Lock()
 	if len(g.table.Load().all) == 0 {
 		g.failing = true
+		g.queueTimeouts++
 	}
 	hopeless := g.failing
 	g.mu.Unlock()
 	g.restart()
 	if hopeless {
-		g.releaseHeld(block.ErrNoPath)
+		g.failHeld(block.ErrNoPath)
 	}
 	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", g.retryText())
-}
-
-// SetQueueing overrides no_path_retry until the daemon restarts.
-func (g *Group) SetQueueing(on bool) {
-	g.mu.Lock()
-	g.forced = -1
-	if on {
-		g.forced = 1
-	}
-	hopeless := !on && len(g.table.Load().all) == 0
-	g.mu.Unlock()
-	g.restart()
-	if hopeless {
-		g.releaseHeld(block.ErrNoPath)
-	}
-}
-
-func (g *Group) path(name string) (*Path, error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for _, p := range g.paths {
-		if p.Name == name || p.URL == name {
-			return p, nil
-		}
-	}
-	return nil, fmt.Errorf("map %s has no path %q", g.cfg().Alias, name)
-}
-
-// Reconfigure replaces the policy of the map while it runs. Names, logger, queue
-// depth and the callbacks stay as they are.
-func (g *Group) Reconfigure(c Config) error {
-	old := g.cfg().Config
-	c.Alias, c.WWID, c.Merge, c.QueueDepth, c.Logger = old.Alias, old.WWID, old.Merge, old.QueueDepth, old.Logger
-	c.OnRisk, c.OnResize, c.Unfenced = old.OnRisk, old.OnResize, nil
-	pol, err := newPolicy(c, g.lu())
-	if err != nil {
-		return err
-	}
-	g.mu.Lock()
-	if pol.Policy == "multibus" && !pol.MultibusServers {
-		for _, p := range g.paths {
-			if p.Target != g.paths[0].Target {
-				g.mu.Unlock()
-				return errServers(c.Alias, g.paths[0].Target, p.Target)
-			}
-		}
-	}
-	g.policy.Store(pol)
-	g.publish()
-	g.mu.Unlock()
-	g.restart()
-	g.rankOthers(nil)
-	return nil
 }
 
 func errServers(alias, a, b string) error {
@@ -500,92 +370,6 @@ func (g *Group) within(d time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(context.Background(), d)
 	stop := context.AfterFunc(stopContext{g.stop}, cancel)
 	return ctx, func() { stop(); cancel() }
-}
-
-// RemovePaths ends the paths through a portal to a target. Their commands come
-// back first; one that may hold unflushed writes stays, with an error in the log.
-func (g *Group) RemovePaths(portal, target string) {
-	g.mu.Lock()
-	var gone []*Path
-	for _, p := range g.paths {
-		if p.Portal == portal && p.Target == target {
-			gone = append(gone, p)
-		}
-	}
-	g.mu.Unlock()
-	for _, p := range gone {
-		if p.passDirt(); p.dirty.Load() {
-			g.log.Error("path not removed: its server holds writes that were not flushed", "path", p.Name, "do", "flush (sync) and reconfigure again")
-			continue
-		}
-		g.mu.Lock()
-		if g.closed {
-			g.mu.Unlock()
-			return
-		}
-		g.paths = slices.DeleteFunc(g.paths, func(x *Path) bool { return x == p })
-		p.failedByHand = true
-		if g.active == p {
-			g.active = nil
-		}
-		close(p.quit)
-		g.publish()
-		g.mu.Unlock()
-		<-p.gone
-		g.mu.Lock()
-		every := slices.Clone(g.paths)
-		g.everyPath.Store(&every)
-		g.mu.Unlock()
-		g.restart()
-		g.log.Info("path removed", "path", p.Name)
-	}
-}
-
-// FailPath takes a path out of service until ReinstatePath.
-func (g *Group) FailPath(name string) error {
-	p, err := g.path(name)
-	if err != nil {
-		return err
-	}
-	g.mu.Lock()
-	p.failedByHand = true
-	p.lastError = "failed by the operator"
-	s := p.session
-	g.publish()
-	g.mu.Unlock()
-	if s != nil {
-		s.Abort(errors.New("failed by the operator"))
-	}
-	return nil
-}
-
-// ReinstatePath lets a path serve again, after login and identity check.
-func (g *Group) ReinstatePath(name string) error {
-	p, err := g.path(name)
-	if err != nil {
-		return err
-	}
-	g.mu.Lock()
-	p.failedByHand, p.wrongLU = false, false
-	g.mu.Unlock()
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
-	return nil
-}
-
-// DeclareFenced is the operator's word that nothing sent on a path's old
-// session can execute any more (its server is off, say).
-func (g *Group) DeclareFenced(name string) error {
-	es := g.ledger.of(name)
-	if len(es) == 0 {
-		return fmt.Errorf("map %s: path %q has no unfenced session", g.cfg().Alias, name)
-	}
-	for _, e := range es {
-		g.closeEpoch(e, fenceDeclared)
-	}
-	return nil
 }
 
 // Close ends all paths and fails what still waits with ErrShutdown.
@@ -607,7 +391,8 @@ func (g *Group) Close(ctx context.Context) {
 		g.patience.Stop()
 	}
 	for _, p := range g.paths {
-		close(p.quit)
+		p.stopGray()
+		p.stop()
 	}
 	close(g.stop)
 	g.mu.Unlock()
@@ -615,7 +400,14 @@ func (g *Group) Close(ctx context.Context) {
 	g.drain(&p)
 	p.Flush()
 	g.routines.Wait()
-	g.releaseHeld(block.ErrShutdown)
+	g.targets.mu.Lock()
+	delete(g.targets.groups, g)
+	g.targets.mu.Unlock()
+	g.failHeld(block.ErrShutdown)
+	if n := g.ledger.shadow.used.Load(); n > 0 {
+		g.log.Error("stopped before the fence: these blocks were kept in memory only against a late write, which may yet revert them", "blocks", n)
+	}
+	g.settleLoss()
 	g.unpark(block.ErrShutdown, &p)
 	g.drain(&p)
 	p.Flush()

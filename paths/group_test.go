@@ -180,6 +180,35 @@ func TestFailbackImmediateAndManual(t *testing.T) {
 	}
 }
 
+// A path that is down for long knocks more seldom while another one serves, and
+// at once when that one is lost.
+func TestALongDeadPathKnocksSeldomUntilItIsNeeded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, _ := newGroup(t, Config{NoPathRetry: Queue}, 2, 4)
+		defer closeGroup(g)
+		synctest.Wait()
+		knocks := func(d time.Duration) int {
+			before := doors[0].knocks()
+			time.Sleep(d)
+			return doors[0].knocks() - before
+		}
+		doors[0].set(true)
+		doors[0].session().Abort(errDoor)
+		require.Greater(t, knocks(longAfter), 30, "about once a second")
+		time.Sleep(10 * time.Second)
+		n := knocks(10 * time.Minute)
+		require.Greater(t, n, 60)
+		require.Less(t, n, 180, "about every five seconds")
+		doors[1].set(true)
+		doors[1].session().Abort(errDoor)
+		require.Positive(t, knocks(backoffMin), "it is needed now")
+		require.Greater(t, knocks(time.Minute), 30)
+		doors[0].set(false)
+		time.Sleep(2 * backoffMax)
+		require.Equal(t, 1, g.Snapshot().Paths.Usable)
+	})
+}
+
 // A path that comes back as another disk must never get a byte.
 func TestPathThatBecameAnotherDiskStaysOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

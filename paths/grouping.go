@@ -30,6 +30,8 @@ type pathGroup struct {
 	prio    int // mean over the usable paths, 0 if none is
 	rank    int // mean over all paths with a known priority: the order of groups
 	enabled int // usable paths
+	// marginal groups come after all others and serve only for want of one.
+	marginal bool
 }
 
 const unknownPrio = -1
@@ -70,9 +72,12 @@ func (g *Group) grouping(usable func(*Path) bool) []*pathGroup {
 	by := map[string]*pathGroup{}
 	for _, p := range g.paths {
 		k := g.key(p)
+		if p.marginal() {
+			k += "\x00marginal"
+		}
 		pg := by[k]
 		if pg == nil {
-			pg = &pathGroup{}
+			pg = &pathGroup{marginal: p.marginal()}
 			by[k] = pg
 			out = append(out, pg)
 		}
@@ -103,15 +108,26 @@ func (g *Group) grouping(usable func(*Path) bool) []*pathGroup {
 			pg.prio = unknownPrio
 		}
 	}
-	slices.SortStableFunc(out, func(a, b *pathGroup) int { return b.rank - a.rank })
+	slices.SortStableFunc(out, func(a, b *pathGroup) int {
+		switch {
+		case a.marginal == b.marginal:
+			return b.rank - a.rank
+		case a.marginal:
+			return 1
+		}
+		return -1
+	})
 	return out
 }
 
 // best is the group that should serve: the highest priority among those with a
-// usable path, then the most such paths, then the order. nil if none has any.
+// usable path, then the most such paths, then the order; a marginal one only if
+// there is no other. nil if none has a usable path.
 func best(groups []*pathGroup) (b *pathGroup) {
 	for _, pg := range groups {
-		if pg.enabled > 0 && (b == nil || pg.prio > b.prio || pg.prio == b.prio && pg.enabled > b.enabled) {
+		switch {
+		case pg.enabled == 0 || b != nil && pg.marginal && !b.marginal:
+		case b == nil || b.marginal && !pg.marginal || pg.prio > b.prio || pg.prio == b.prio && pg.enabled > b.enabled:
 			b = pg
 		}
 	}
@@ -139,14 +155,15 @@ func (g *Group) choose(groups []*pathGroup, usable, came func(*Path) bool) *path
 	}
 	g.switched = nil
 	now := in(g.active)
-	if now == nil || now == to {
+	if now == nil || now == to || now.marginal && !to.marginal { // leaving a gray path is no failback
 		g.stopFailback()
 		return to
 	}
 	switch {
 	case time.Since(g.begun) < settleTime && slices.ContainsFunc(to.paths, func(p *Path) bool { return came(p) && p.failures.Load() == 0 }):
 		// The map is just coming up, in whatever order its paths log in.
-	case g.cfg().Failback == Manual:
+	case g.cfg().Failback == Manual || g.cfg().Failback == "" && g.servers() > 1:
+		// Of two servers each move risks what the other still has under way.
 		return now
 	case g.cfg().Failback == Followover:
 		// A cluster's peer may have moved the array on purpose: go back only
@@ -244,12 +261,7 @@ func (g *Group) rankOthers(p *Path) {
 	}
 }
 
-func (p *Path) askRank() {
-	select {
-	case p.rerank <- struct{}{}:
-	default:
-	}
-}
+func (p *Path) askRank() { p.ask(askRank) }
 
 // needsActivation tells whether the group is one that an explicit transition
 // should make optimal before I/O goes there (SPC-4 5.15.2.7). Caller holds mu.
@@ -266,11 +278,17 @@ func (g *Group) needsActivation(pg *pathGroup) bool {
 }
 
 // premature tells that a transition should wait: the map is just coming up, and
-// a path that is still to come may lead to the group that serves already.
+// a path that is still to come, perhaps of a portal that nothing is known of yet,
+// may lead to the group that serves already.
 // Caller holds mu.
 func (g *Group) premature(to *pathGroup) bool {
-	left := transitionWait - time.Since(g.begun)
-	if left <= 0 || !g.needsActivation(to) || !slices.ContainsFunc(g.paths, func(p *Path) bool { return !p.seen && !p.failedByHand }) {
+	left := g.cfg().GhostDelay - time.Since(g.begun)
+	if left <= 0 || !g.needsActivation(to) {
+		return false
+	}
+	toCome := slices.ContainsFunc(g.paths, func(p *Path) bool { return !p.seen && !p.failedByHand })
+	better := slices.ContainsFunc(g.paths, func(p *Path) bool { return p.seen && p.access == int(scsi.ActiveOptimized) })
+	if !toCome && better { // it was here, and is gone
 		return false
 	}
 	if g.patience == nil {
@@ -283,8 +301,6 @@ func (g *Group) premature(to *pathGroup) bool {
 	}
 	return true
 }
-
-const transitionWait = 3 * time.Second
 
 // activate makes a port group optimal through one of its paths, then publishes.
 // I/O waits in the queue meanwhile.

@@ -20,31 +20,45 @@ const (
 	Hold = "hold"
 	// Strict holds every retry too: for disks that other hosts write.
 	Strict = "strict"
+	// Shadow lets an overlapping write through, keeps its bytes in memory, serves
+	// reads of them from there, and writes them again after the fence: for one
+	// host that would rather risk its own crash than wait.
+	Shadow = "shadow"
 	// Off protects nothing, as dm-multipath does.
 	Off = "off"
 )
 
 // epoch is one session of a path that died with writes under way.
 type epoch struct {
-	name    string // of the path
-	path    *Path  // nil for a path that an earlier run used and that is not here yet
-	extents []extent
-	whole   bool // nothing is known: the whole device counts (after a crash)
-	since   time.Time
-	fenced  chan struct{} // closed when no write of the epoch can execute any more
-	stopVia func()        // ends fencing through other portals and waits; guarded by Group.mu
+	name     string // of the path
+	nexus    string // of its session, see nexusOf; empty: not known
+	path     *Path  // nil for a path that an earlier run used and that is not here yet
+	key      uint64 // its reservation key, 0: none
+	extents  []extent
+	whole    bool // nothing is known: the whole device counts (after a crash)
+	caches   bool // what it writes may stay in a cache that a flush through another server does not reach
+	since    time.Time
+	flushed  atomic.Bool   // its server's cache was, after its last write
+	fenced   chan struct{} // closed when no write of the epoch can execute any more
+	hopeless bool          // what waits for it fails; guarded by ledger.mu
+	stopVia  func()        // ends fencing through other portals and waits; guarded by Group.mu
 }
 
-// rule is one thing that the ledger must do. Tests leave out one at a time, to
-// see that the simulation notices.
-type rule uint8
+// Rule is one thing that the ledger must do. Simulations leave out one at a
+// time (Config.LeaveOut), to see that they would notice.
+type Rule uint16
 
+// The rules of the ledger.
 const (
-	ruleClassify rule = 1 << iota // a write that the kernel took is ambiguous
-	ruleOverlap                   // a later mutation of an ambiguous extent waits
-	ruleInFlight                  // a retry waits while another write of its blocks is in flight
-	ruleForget                    // a request that is done is not its own retry
-	ruleFence                     // an epoch is open until its fence
+	RuleClassify   Rule = 1 << iota // a write that the kernel took is ambiguous
+	RuleOverlap                     // a later mutation of an ambiguous extent waits
+	RuleInFlight                    // a retry waits while another write of its blocks is in flight
+	RuleForget                      // a request that is done is not its own retry
+	RuleFence                       // an epoch is open until its fence
+	RuleRewrite                     // what was kept in memory is written again after the fence
+	RuleShadowRead                  // reads of it come from memory until then
+	RuleCaches                      // a flush waits for the fence of a server whose cache it does not reach
+	RuleLoss                        // a flush fails after a server lost its power and acknowledged writes
 )
 
 // extent is blocks [lo, hi) of an ambiguous write; req is the request that is
@@ -59,31 +73,59 @@ type lost struct {
 	req       *block.Request
 	lo, hi    uint64
 	ambiguous bool
+	dirties   bool // leaves data in a cache
 }
 
 // ledger knows the epochs that are not fenced and the requests that wait for
 // that. Without an open epoch it costs a mutation one store and one load.
 type ledger struct {
-	open atomic.Int64 // open epochs; not zero makes mutations ask
+	open   atomic.Int64 // open epochs, and one for a shadow; not zero makes mutations ask
+	behind atomic.Int64 // requests held for another mutation in flight, which starts them when it ends
 
 	mu     sync.Mutex
 	epochs []*epoch
 	held   []heldRequest // first in, first out
+	shadow shadow
 
-	omit    rule // for tests: what the ledger forgets to do
-	holds   int64
-	longest time.Duration
-	fences  map[string]int64 // by how they ended
+	omit      Rule // Config.LeaveOut
+	ambiguous int64
+	holds     int64
+	waited    time.Duration // sum over the requests that were held
+	longest   time.Duration
+	fences    map[string]int64 // by how they ended
+	means     map[string]int64 // by what ended them
+	late      atomic.Int64     // not over after FenceWait
 }
 
 type heldRequest struct {
 	req    *block.Request
 	lo, hi uint64
 	since  time.Time
+	behind bool // counted in ledger.behind
+}
+
+// count keeps open. Caller holds mu.
+func (l *ledger) count() {
+	n := len(l.epochs)
+	if len(l.shadow.blocks) > 0 {
+		n++
+	}
+	l.open.Store(int64(n))
 }
 
 func (e *epoch) overlaps(lo, hi uint64) bool {
-	return e.whole || slices.ContainsFunc(e.extents, func(x extent) bool { return lo < x.hi && x.lo < hi })
+	if e.whole {
+		return true
+	}
+	for _, x := range e.extents {
+		if x.lo >= hi {
+			return false // sorted
+		}
+		if lo < x.hi {
+			return true
+		}
+	}
+	return false
 }
 
 // bytesAtRisk is the sum of the extents.
@@ -95,13 +137,17 @@ func (e *epoch) blocksAtRisk() (n uint64) {
 }
 
 // span packs blocks [lo, hi) into the one word that an attempt publishes while
-// its mutation is in flight.
-func span(lo, hi uint64) uint64 { return lo<<24 | (hi - lo) }
+// its mutation is in flight: 24 bits of length, 40 of position. Beyond 2^40
+// blocks positions are compared modulo that, which may only find too much.
+func span(lo, hi uint64) uint64 { return lo<<spanLen | (hi - lo) }
+
+const spanLen = 24 // bits; a command is at most 1 GiB
 
 func (a *attempt) overlaps(lo, hi uint64) bool {
 	v := a.span.Load()
-	at := v >> 24
-	return v != 0 && lo < at+v&0xffffff && at < hi
+	at, n := v>>spanLen, v&(1<<spanLen-1)
+	const mod = 1<<(64-spanLen) - 1
+	return n != 0 && ((lo-at)&mod < n || (at-lo)&mod < hi-lo)
 }
 
 // mutation tells whether r's next command changes the disk.
@@ -113,7 +159,7 @@ func mutation(r *block.Request) bool {
 // settle goes on with them. Called by the session's last goroutine only.
 func (p *Path) lose(a *attempt, r *block.Request, d initiator.Delivery) {
 	lo := uint64((r.Off + r.Route.Pos) / int64(p.g.lu().BlockSize))
-	p.lost = append(p.lost, lost{r, lo, lo + uint64(a.size)/uint64(p.g.lu().BlockSize), d != initiator.NotSent && p.g.ledger.omit&ruleClassify == 0})
+	p.lost = append(p.lost, lost{r, lo, lo + uint64(a.size)/uint64(p.g.lu().BlockSize), d != initiator.NotSent && p.g.ledger.omit&RuleClassify == 0, a.dirties})
 }
 
 // settle opens an epoch for the writes that a dead session may still execute,
@@ -121,22 +167,29 @@ func (p *Path) lose(a *attempt, r *block.Request, d initiator.Delivery) {
 func (p *Path) settle() {
 	all := p.lost
 	p.lost = nil
-	e := &epoch{name: p.Name, path: p, since: time.Now(), fenced: make(chan struct{})}
+	p.g.mu.Lock()
+	nexus, caches := p.nexus, p.g.separateCaches()
+	p.g.mu.Unlock()
+	e := &epoch{name: p.Name, path: p, nexus: nexus, since: time.Now(), fenced: make(chan struct{})}
+	if p.keyed.Swap(false) {
+		e.key = p.Key
+	}
 	for _, l := range all {
 		if l.ambiguous {
 			e.extents = append(e.extents, extent{l.lo, l.hi, l.req})
+			e.caches = e.caches || caches && l.dirties && p.g.ledger.omit&RuleCaches == 0
 		}
 	}
-	if len(e.extents) > 0 && p.g.ledger.omit&ruleFence == 0 {
+	if len(e.extents) > 0 && p.g.ledger.omit&RuleFence == 0 {
 		p.g.openEpoch(e)
-	} else if p.g.cfg().OnRisk != nil && len(p.g.ledger.of(p.Name)) == 0 {
-		p.g.cfg().OnRisk(p.Name, false, nil)
 	}
 	p.passDirt()
+	p.g.noRisk(p.Name)
 	var plug block.Plug
 	for _, l := range all {
 		p.g.retry(l.req, Action{}, p, &plug)
 	}
+	p.g.releaseBehind(&plug)
 	p.g.unpark(nil, &plug) // passDirt may have found another path for them
 	if p.g.waiting.Load() > 0 {
 		p.g.drain(&plug)
@@ -144,14 +197,20 @@ func (p *Path) settle() {
 	plug.Flush()
 }
 
+// atRisk tells what a mode does until the fence.
+var atRisk = map[string]string{Hold: "waits", Strict: "and its retries wait", Shadow: "is kept in memory too", Off: "is not protected"}
+
 // openEpoch enters e and starts to fence it.
 func (g *Group) openEpoch(e *epoch) {
 	slices.SortFunc(e.extents, func(a, b extent) int { return cmp.Compare(a.lo, b.lo) })
 	l := &g.ledger
 	l.mu.Lock()
 	l.epochs = append(l.epochs, e)
-	l.open.Add(1)
+	l.ambiguous += int64(len(e.extents))
+	l.count()
 	l.mu.Unlock()
+	g.log.Warn("a session died with writes under way: what overlaps them "+atRisk[g.cfg().Protection]+" until it is fenced", "path", e.name,
+		"writes_at_risk", len(e.extents), "blocks_at_risk", e.blocksAtRisk(), "whole_device", e.whole)
 	g.mu.Lock()
 	closed := g.closed
 	if !closed {
@@ -167,51 +226,86 @@ func (g *Group) openEpoch(e *epoch) {
 }
 
 // hold keeps r if its mutation of blocks [lo, hi) has to wait for a fence, and
-// reports whether it did. a is the attempt that r was about to use; its span is
+// reports whether it did; an error says that waiting is hopeless. a is the attempt that r was about to use; its span is
 // published already, so that of two overlapping mutations on two paths one
 // sees the other.
-func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) bool {
+func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) (held bool, err error) {
+	mode := g.cfg().Protection
+	if mode == Off || r.Route.State&stateRewrite != 0 {
+		return false, nil
+	}
 	l := &g.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	conflict, own := false, false
-	for _, e := range l.epochs {
-		if e.whole {
-			conflict = true
+	risk, own := l.conflicts(r, lo, hi, mode)
+	risk = risk || l.shadow.covers(lo, hi)
+	wait := l.shadow.isLocked(lo, hi)
+	for i := range l.held {
+		h := &l.held[i]
+		wait = wait || lo < h.hi && h.lo < hi // nobody overtakes: the first in is the first out
+	}
+	behind := false
+	if !wait && (own && !risk && l.omit&RuleInFlight == 0 || risk && mode == Shadow) {
+		// Another write of these blocks may be between us and the disk: if it came
+		// second there, the late copy would undo it, or the shadow would not be
+		// what the disk holds.
+		l.behind.Add(1) // before the look: who ends after it sees it
+		if behind = g.inFlight(a, lo, hi); !behind {
+			l.behind.Add(-1)
 		}
+		if !behind && risk && l.shade(r, lo, hi, g.lu().BlockSize, g.cfg().ShadowLimit) {
+			return false, nil
+		}
+	}
+	if risk && l.hopeless(lo, hi) {
+		if behind {
+			l.behind.Add(-1)
+		}
+		return false, block.ErrIO
+	}
+	if wait || behind || risk {
+		l.held = append(l.held, heldRequest{r, lo, hi, time.Now(), behind})
+		l.holds++
+		return true, nil
+	}
+	return false, nil
+}
+
+// hopeless tells whether the blocks are at risk by an epoch for which nobody
+// waits any more. Caller holds mu.
+func (l *ledger) hopeless(lo, hi uint64) bool {
+	return slices.ContainsFunc(l.epochs, func(e *epoch) bool { return e.hopeless && e.overlaps(lo, hi) })
+}
+
+// conflicts looks for blocks [lo, hi) among the extents: whether they overlap
+// one that is at risk, and whether one is r's own. Caller holds mu.
+func (l *ledger) conflicts(r *block.Request, lo, hi uint64, mode string) (risk, own bool) {
+	for _, e := range l.epochs {
+		risk = risk || e.whole
 		for _, x := range e.extents {
 			if x.lo >= hi {
 				break // sorted
 			}
 			switch {
 			case lo >= x.hi:
-			case x.req == r && x.lo == lo && x.hi == hi && g.cfg().Protection != Strict:
+			case x.req == r && x.lo == lo && x.hi == hi && mode != Strict:
 				own = true // the same bytes: executing both is executing one
 			default:
-				conflict = conflict || l.omit&ruleOverlap == 0
+				risk = risk || l.omit&RuleOverlap == 0
 			}
 		}
 	}
-	for i := range l.held {
-		h := &l.held[i]
-		conflict = conflict || lo < h.hi && h.lo < hi // nobody overtakes: the first in is the first out
-	}
-	// Another write of these blocks may be between us and the disk: if it came
-	// second there, the late copy would undo it.
-	conflict = conflict || own && l.omit&ruleInFlight == 0 && g.inFlight(a, lo, hi)
-	if conflict {
-		l.held = append(l.held, heldRequest{r, lo, hi, time.Now()})
-		l.holds++
-	}
-	return conflict
+	return risk, own
 }
 
 // inFlight tells whether an attempt other than a mutates blocks of [lo, hi).
 func (g *Group) inFlight(a *attempt, lo, hi uint64) bool {
 	for _, p := range *g.everyPath.Load() {
-		for i := range p.attempts {
-			if o := &p.attempts[i]; o != a && o.overlaps(lo, hi) {
-				return true
+		for _, slab := range *p.slabs.Load() {
+			for i := range slab {
+				if o := &slab[i]; o != a && o.overlaps(lo, hi) {
+					return true
+				}
 			}
 		}
 	}
@@ -223,7 +317,7 @@ func (g *Group) inFlight(a *attempt, lo, hi uint64) bool {
 func (l *ledger) forget(r *block.Request) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.omit&ruleForget != 0 {
+	if l.omit&RuleForget != 0 {
 		return
 	}
 	for _, e := range l.epochs {
@@ -235,9 +329,13 @@ func (l *ledger) forget(r *block.Request) {
 	}
 }
 
-// closeEpoch ends an epoch for the reason how and lets what it held go on.
-func (g *Group) closeEpoch(e *epoch, how string) bool {
+// closeEpoch ends an epoch for the reason how, by which means, and lets what it
+// held go on; more is for the log.
+func (g *Group) closeEpoch(e *epoch, how, by string, more ...any) bool {
 	l := &g.ledger
+	if (e.caches || e.whole && g.lu().WriteCache) && !e.flushed.Load() { // before: a flush must not pass between
+		g.leftDirty(e)
+	}
 	l.mu.Lock()
 	i := slices.Index(l.epochs, e)
 	if i < 0 {
@@ -245,25 +343,56 @@ func (g *Group) closeEpoch(e *epoch, how string) bool {
 		return false
 	}
 	l.epochs = slices.Delete(l.epochs, i, i+1)
-	l.open.Add(-1)
+	l.count()
 	if l.fences == nil {
 		l.fences = map[string]int64{}
 	}
 	l.fences[how]++
+	if l.means == nil {
+		l.means = map[string]int64{}
+	}
+	l.means[by]++
 	close(e.fenced)
 	l.mu.Unlock()
-	n, longest := g.releaseHeld(nil)
+	g.rewriteShadow()
+	var plug block.Plug
+	n, longest := g.releaseHeld(nil, &plug)
+	plug.Flush()
 	took := time.Since(e.since)
 	log := g.log.Info
 	if how != fenceProven && how != fenceCommand {
 		log = g.log.Warn
 	}
-	log("old session fenced", "path", e.name, "how", how, "took", took.Round(time.Microsecond), "writes_at_risk", len(e.extents),
-		"blocks_at_risk", e.blocksAtRisk(), "requests_released", n, "longest_hold", longest.Round(time.Microsecond))
-	if g.cfg().OnRisk != nil && len(l.of(e.name)) == 0 {
-		g.cfg().OnRisk(e.name, false, nil)
+	log("old session fenced", append([]any{"path", e.name, "how", how, "by", by, "took", took.Round(time.Microsecond), "writes_at_risk", len(e.extents),
+		"blocks_at_risk", e.blocksAtRisk(), "requests_released", n, "longest_hold", longest.Round(time.Microsecond)}, more...)...)
+	g.noRisk(e.name)
+	if e.whole || e.caches { // flushes waited for it
+		g.unpark(nil, &plug)
+		plug.Flush()
 	}
 	return true
+}
+
+// noRisk tells that a path may be forgotten over a crash, if that is so: no old
+// session of it can write, and its server holds nothing that only a flush
+// through this path would reach.
+func (g *Group) noRisk(name string) {
+	dirty := func(p *Path) bool { return p.Name == name && p.unflushed() }
+	if g.cfg().OnRisk != nil && len(g.ledger.of(name)) == 0 && !slices.ContainsFunc(*g.everyPath.Load(), dirty) {
+		g.cfg().OnRisk(name, false, nil)
+	}
+}
+
+// unflushable tells whether an old session may still write to a cache that no
+// flush reaches in time: the bytes that another server has acknowledged, and
+// then its copy may be the one that counts, or whatever an earlier run left.
+func (l *ledger) unflushable() bool {
+	if l.open.Load() == 0 {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.epochs, func(e *epoch) bool { return e.whole || e.caches })
 }
 
 // heldNow counts the requests that wait for a fence.
@@ -286,25 +415,54 @@ func (l *ledger) of(name string) (es []*epoch) {
 }
 
 // releaseHeld starts the held requests anew, in order; those that still
-// conflict are held again. With err they fail instead.
-func (g *Group) releaseHeld(err error) (n int, longest time.Duration) {
+// conflict are held again. With err they fail instead. It tells how many are
+// held no more and the longest time that one was.
+func (g *Group) releaseHeld(err error, p *block.Plug) (n int, longest time.Duration) {
 	l := &g.ledger
 	l.mu.Lock()
 	held := l.held
 	l.held = nil
 	for _, h := range held {
-		longest = max(longest, time.Since(h.since))
-	}
-	l.longest = max(l.longest, longest)
-	l.mu.Unlock()
-	var plug block.Plug
-	for _, h := range held {
-		if err != nil {
-			g.finish(h.req, err, &plug)
-		} else {
-			g.proceed(h.req, nil, &plug)
+		if h.behind {
+			l.behind.Add(-1)
 		}
 	}
-	plug.Flush()
-	return len(held), longest
+	l.mu.Unlock()
+	for _, h := range held {
+		if err != nil {
+			g.finish(h.req, err, p)
+		} else {
+			g.proceed(h.req, nil, p)
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range held {
+		i := slices.IndexFunc(l.held, func(x heldRequest) bool { return x.req == h.req })
+		if i >= 0 { // it waits on
+			l.held[i].since = h.since
+			l.holds--
+			continue
+		}
+		n++
+		took := time.Since(h.since)
+		l.waited += took
+		longest = max(longest, took)
+	}
+	l.longest = max(l.longest, longest)
+	return n, longest
+}
+
+// releaseBehind starts what waited for a mutation that has just ended.
+func (g *Group) releaseBehind(p *block.Plug) {
+	if g.ledger.behind.Load() > 0 {
+		g.releaseHeld(nil, p)
+	}
+}
+
+// failHeld is releaseHeld for those who batch nothing.
+func (g *Group) failHeld(err error) {
+	var p block.Plug
+	g.releaseHeld(err, &p)
+	p.Flush()
 }

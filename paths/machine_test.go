@@ -59,7 +59,7 @@ var scripts = flag.Uint64("scripts", 300, "random scripts per policy and protect
 
 func TestLateWritesRevertNothing(t *testing.T) {
 	for _, policy := range []string{"failover", "multibus"} {
-		for _, protection := range []string{Hold, Strict} {
+		for _, protection := range []string{Hold, Strict, Shadow} {
 			seed, err := search(t, *scripts, policy, protection)
 			require.NoError(t, err, "%s, %s, seed %d", policy, protection, seed)
 		}

@@ -26,7 +26,8 @@ func (g *Group) enqueue(r *block.Request) {
 	}
 }
 
-// pop takes the oldest request. Caller holds mu.
+// pop takes the oldest request, which counts as waiting until the caller has
+// started it: room that appears meanwhile must not be missed. Caller holds mu.
 func (g *Group) pop() *block.Request {
 	r := g.head
 	if r == nil {
@@ -37,7 +38,6 @@ func (g *Group) pop() *block.Request {
 		g.tail = nil
 	}
 	r.Route.Next = nil
-	g.waiting.Add(-1)
 	return r
 }
 
@@ -68,12 +68,16 @@ func (g *Group) drain(p *block.Plug) {
 			}
 		}
 		g.mu.Unlock()
+		since := r.Route.Start // it may end in start
 		ok := true
 		if err != nil {
 			g.finish(r, err, p)
 		} else if ok = g.start(r, nil, p); !ok {
 			g.enqueue(r)
+		} else {
+			g.requests.queue.add(now() - since)
 		}
+		g.waiting.Add(-1)
 		g.mu.Lock()
 		if !ok && !g.again {
 			break
@@ -96,9 +100,9 @@ func (g *Group) restart() {
 // path came back just now.
 func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	g.mu.Lock()
-	missing := false
+	missing := g.ledger.unflushable()
 	for _, pt := range g.paths {
-		missing = missing || pt.dirty.Load() && pt.current.Load() == nil
+		missing = missing || r.Route.State&(1<<pt.index) == 0 && pt.unflushed() && pt.current.Load() == nil
 	}
 	wait := missing && !g.closed && g.queueing()
 	if wait {

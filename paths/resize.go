@@ -12,10 +12,15 @@ const (
 	GrowOnly    = "grow_only" // the default
 	Never       = "never"
 	GrowAndCut  = "grow_shrink"
-	errShrunk   = "the unit has %d blocks, the map %d: it shrank: if that was meant, run `mpathd resize MAP --force`"
+	errShrunk   = "%w: the unit has %d blocks, the map %d: if that was meant, run `mpathd resize MAP --force`"
 	errNoLive   = "map %s: no path is up to ask for the new size"
-	errSameSize = "map %s has %d blocks, and so have all its paths: nothing to do"
+	errSameSize = "map %s has %d blocks, and so have all its paths: %w"
 )
+
+// ErrSameSize is the error of a Resize that changes nothing.
+var ErrSameSize = errors.New("nothing to do")
+
+var errShrank = errors.New("it shrank")
 
 // fits compares what a login found with the map, which may be smaller than the
 // unit: a unit that grew serves with its old size until all paths see the new.
@@ -27,7 +32,7 @@ func (p *Path) fits(info *initiator.LUInfo) error {
 	}
 	if seen.Blocks < have.Blocks && !(seen.Standby && seen.Blocks == 0) && seen.WWID == have.WWID && seen.BlockSize == have.BlockSize {
 		if p.g.cfg().AutoResize != GrowAndCut {
-			return fmt.Errorf(errShrunk, seen.Blocks, have.Blocks)
+			return fmt.Errorf(errShrunk, errShrank, seen.Blocks, have.Blocks)
 		}
 		seen.Blocks = have.Blocks
 	}
@@ -43,35 +48,40 @@ func (g *Group) Resize(force bool) error {
 	case least == 0:
 		return fmt.Errorf(errNoLive, g.cfg().Alias)
 	case least == have.Blocks:
-		return fmt.Errorf(errSameSize, g.cfg().Alias, have.Blocks)
+		return fmt.Errorf(errSameSize, g.cfg().Alias, have.Blocks, ErrSameSize)
 	case least < have.Blocks && !force:
-		return fmt.Errorf("map %s: "+errShrunk, g.cfg().Alias, least, have.Blocks)
+		return fmt.Errorf("map %s: "+errShrunk, g.cfg().Alias, errShrank, least, have.Blocks)
 	}
 	return g.setBlocks(least)
 }
 
-// agreed is the least capacity that a live path reports, in blocks; fresh asks
-// them first.
+// agreed is the least capacity that a path reports, in blocks, be it live or out
+// because its unit shrank; fresh asks the live ones first.
 func (g *Group) agreed(fresh bool) (least uint64) {
 	for _, p := range *g.everyPath.Load() {
 		g.mu.Lock()
 		s, live := p.session, p.up
-		n := p.blocks
+		n, shrunk := p.blocks, p.shrunk
 		g.mu.Unlock()
-		if !live || s == nil {
+		if !shrunk && (!live || s == nil) {
 			continue
 		}
-		if fresh {
+		if fresh && !shrunk {
 			ctx, cancel := g.within(g.cfg().CheckTimeout)
 			info, err := initiator.Identify(ctx, s, p.LUN)
 			cancel()
-			if err != nil || info.WWID != g.lu().WWID || info.BlockSize != g.lu().BlockSize {
+			g.mu.Lock()
+			n, shrunk = p.blocks, p.shrunk // the path may have found out meanwhile
+			g.mu.Unlock()
+			if !shrunk && (err != nil || info.WWID != g.lu().WWID || info.BlockSize != g.lu().BlockSize) {
 				continue
 			}
-			n = info.Blocks
-			g.mu.Lock()
-			p.blocks = n
-			g.mu.Unlock()
+			if !shrunk {
+				n = info.Blocks
+				g.mu.Lock()
+				p.blocks = n
+				g.mu.Unlock()
+			}
 		}
 		if n > 0 && (least == 0 || n < least) {
 			least = n
@@ -103,11 +113,28 @@ func (g *Group) setBlocks(n uint64) error {
 		return errors.New("the unit grew beyond what its 10-byte commands reach")
 	}
 	g.info.Store(&l)
+	g.admitShrunk()
 	g.log.Info("map resized", "from_bytes", old.Size(), "to_bytes", l.Size())
 	if f := g.cfg().OnResize; f != nil {
 		return f(l.Size())
 	}
 	return nil
+}
+
+// admitShrunk lets the paths log in again that were out because their unit is
+// smaller than the map was.
+func (g *Group) admitShrunk() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.paths {
+		if p.shrunk && p.blocks >= g.lu().Blocks {
+			p.shrunk, p.wrongLU = false, false
+			select {
+			case p.wake <- struct{}{}:
+			default:
+			}
+		}
+	}
 }
 
 // sees is the capacity last seen through this path, in blocks; the most there

@@ -148,11 +148,10 @@ func (s *sim) submit(op block.Op, at, n int) {
 
 // simulate plays a random script of requests, faults and late deliveries, and
 // tells what went wrong.
-func simulate(t *testing.T, seed uint64, policy, protection string, omit rule) (err error, failovers int64) {
+func simulate(t *testing.T, seed uint64, policy, protection string, omit Rule) (err error, failovers int64) {
 	r := rand.New(rand.NewPCG(seed, 1))
 	synctest.Test(t, func(t *testing.T) {
-		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, Policy: policy, Protection: protection, Selector: "round-robin 0"}, 2, 4)
-		g.ledger.omit = omit
+		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, Policy: policy, Protection: protection, Selector: "round-robin 0", LeaveOut: omit}, 2, 4)
 		defer closeGroup(g)
 		s := &sim{g: g, doors: doors, faults: map[*block.Request]bool{}, dense: seed%2 == 1}
 		synctest.Wait()
@@ -250,14 +249,14 @@ func TestSimulationFindsNothing(t *testing.T) {
 	var failovers int64
 	for seed := range *scripts {
 		for _, policy := range []string{"failover", "multibus"} {
-			for _, protection := range []string{Hold, Strict} {
+			for _, protection := range []string{Hold, Strict, Shadow} {
 				err, n := simulate(t, seed, policy, protection, 0)
 				require.NoError(t, err, "seed %d, %s, %s", seed, policy, protection)
 				failovers += n
 			}
 		}
 	}
-	t.Logf("%d runs, %d failovers, no reverted or lost write", 4**scripts, failovers)
+	t.Logf("%d runs, %d failovers, no reverted or lost write", 6**scripts, failovers)
 }
 
 // It must find late writes when nothing is protected, and when the ledger
@@ -268,10 +267,11 @@ func TestSimulationFindsEveryRuleLeftOut(t *testing.T) {
 		name       string
 		policy     string
 		protection string
-		omit       rule
+		omit       Rule
 	}{
-		{"protection off", "failover", Off, 0}, {"classify", "failover", Hold, ruleClassify}, {"overlap", "failover", Hold, ruleOverlap},
-		{"in flight", "multibus", Hold, ruleInFlight}, {"forget", "failover", Hold, ruleForget}, {"fence", "failover", Hold, ruleFence},
+		{"protection off", "failover", Off, 0}, {"classify", "failover", Hold, RuleClassify}, {"overlap", "failover", Hold, RuleOverlap},
+		{"in flight", "multibus", Hold, RuleInFlight}, {"forget", "failover", Hold, RuleForget}, {"fence", "failover", Hold, RuleFence},
+		{"rewrite", "failover", Shadow, RuleRewrite}, {"shadow read", "failover", Shadow, RuleShadowRead},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			for seed := range uint64(seeds) {

@@ -1,6 +1,8 @@
 package paths
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
 	"math/bits"
 	"sync/atomic"
@@ -16,12 +18,17 @@ type MapStatus struct {
 	WWID      string        `json:"wwid"`
 	Vendor    string        `json:"vendor"`
 	Product   string        `json:"product"`
+	Revision  string        `json:"revision"`
 	Size      int64         `json:"size"`
 	BlockSize int           `json:"block_size"`
 	ReadOnly  bool          `json:"read_only"`
 	State     string        `json:"state"`
 	Queueing  bool          `json:"queueing"`
 	Queued    int64         `json:"queued"`
+	Failback  string        `json:"failback"`      // immediate, manual, followover or seconds
+	Retry     string        `json:"no_path_retry"` // queue, fail or a number of checks
+	GiveUpMS  int64         `json:"give_up_ms"`    // without a path: until queued I/O fails; 0: never, or it is not queued
+	MaxIO     int64         `json:"max_io"`        // bytes of a command
 	NBD       NBDStatus     `json:"nbd"`
 	Paths     PathCounts    `json:"paths"`
 	Groups    []GroupStatus `json:"groups"`
@@ -31,10 +38,25 @@ type MapStatus struct {
 
 // Totals are counters of a map since start.
 type Totals struct {
-	Failed        int64        `json:"failed"` // requests answered with an error
-	GroupSwitches int64        `json:"group_switches"`
-	Retried       Distribution `json:"-"` // requests that needed another path
+	Failed        int64               `json:"failed"` // requests answered with an error
+	GroupSwitches int64               `json:"group_switches"`
+	NoPathMS      int64               `json:"no_path_ms"`       // time without a usable path
+	QueueTimeouts int64               `json:"queue_timeouts"`   // times that no_path_retry was used up
+	Hedged        int64               `json:"hedged_reads"`     // issued on a second path too
+	HedgesWon     int64               `json:"hedged_reads_won"` // of those, the second was first
+	Requests      map[string]Requests `json:"requests"`         // by operation
+	InFlight      int64               `json:"inflight"`
+	Time          Timing              `json:"-"` // of requests
+	Queue         Timing              `json:"-"` // of requests that waited, until a path took them
+	Retried       Timing              `json:"-"` // requests that needed another path
 }
+
+// Timing is a histogram that goes on counting; reading it costs something, so
+// that only those pay who want it.
+type Timing struct{ h *histogram }
+
+// Distribution is what was counted so far.
+func (t Timing) Distribution() Distribution { return t.h.distribution() }
 
 // Distribution is a histogram in seconds: Buckets are cumulative counts by
 // upper edge.
@@ -50,10 +72,17 @@ type Safety struct {
 	Mode          string           `json:"ghost_protection"`
 	WriteThrough  bool             `json:"write_through"`
 	Unfenced      []UnfencedStatus `json:"unfenced"`
-	Held          int              `json:"held"`  // requests that wait for a fence now
-	Holds         int64            `json:"holds"` // since start
+	Ambiguous     int64            `json:"ambiguous_writes"` // writes that were under way when their path died, since start
+	Held          int              `json:"held"`             // requests that wait for a fence now
+	Holds         int64            `json:"holds"`            // since start
+	HoldMS        int64            `json:"hold_ms"`          // sum over those that waited, without those that wait now
 	LongestHoldMS int64            `json:"longest_hold_ms"`
-	Fences        map[string]int64 `json:"fences"` // proven, unproven, timed, command
+	ShadowBytes   int64            `json:"shadow_bytes"` // kept in memory now
+	Repairs       int64            `json:"repairs"`      // blocks written again after a fence, since start
+	Lost          bool             `json:"lost"`         // acknowledged writes are lost: flushes fail
+	Fences        map[string]int64 `json:"fences"`       // proven, unproven, timed, command, declared
+	FencesBy      map[string]int64 `json:"fences_by"`    // reset, login, preempt, quarantine, command, operator
+	FencesLate    int64            `json:"fences_late"`  // not over after fence_wait, since start
 }
 
 // UnfencedStatus is one old session that may still write.
@@ -63,17 +92,20 @@ type UnfencedStatus struct {
 	Writes int    `json:"writes"`
 	Blocks uint64 `json:"blocks"`
 	Whole  bool   `json:"whole_device"`
+	// Hopeless: no_path_retry is used up, what overlaps fails.
+	Hopeless bool `json:"hopeless"`
 }
 
-func (l *ledger) status(c *Config) Safety {
+func (l *ledger) status(c *Config, blockSize int) Safety {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := Safety{Mode: c.Protection, Unfenced: []UnfencedStatus{}, Held: len(l.held), Holds: l.holds, LongestHoldMS: l.longest.Milliseconds(), Fences: maps.Clone(l.fences)}
+	s := Safety{Mode: c.Protection, Unfenced: []UnfencedStatus{}, Ambiguous: l.ambiguous, Held: len(l.held), Holds: l.holds, HoldMS: l.waited.Milliseconds(),
+		LongestHoldMS: l.longest.Milliseconds(), ShadowBytes: l.shadow.used.Load() * int64(blockSize), Repairs: l.shadow.rewritten, Fences: maps.Clone(l.fences), FencesBy: maps.Clone(l.means), FencesLate: l.late.Load()}
 	for _, e := range l.epochs {
-		s.Unfenced = append(s.Unfenced, UnfencedStatus{e.name, time.Since(e.since).Milliseconds(), len(e.extents), e.blocksAtRisk(), e.whole})
+		s.Unfenced = append(s.Unfenced, UnfencedStatus{e.name, time.Since(e.since).Milliseconds(), len(e.extents), e.blocksAtRisk(), e.whole, e.hopeless})
 	}
 	if s.Fences == nil {
-		s.Fences = map[string]int64{}
+		s.Fences, s.FencesBy = map[string]int64{}, map[string]int64{}
 	}
 	return s
 }
@@ -97,32 +129,45 @@ type GroupStatus struct {
 	Selector string       `json:"selector"`
 	Prio     int          `json:"prio"`
 	State    string       `json:"state"`
+	Marginal bool         `json:"marginal"` // of gray paths: serves for want of another
 	Paths    []PathStatus `json:"paths"`
 }
 
 // PathStatus is one path.
 type PathStatus struct {
-	Name         string       `json:"name"`
-	URL          string       `json:"url"`
-	Trust        Trust        `json:"fence_test"` // reinstates, untrusted, or empty when not tested
-	Portal       string       `json:"portal"`
-	Target       string       `json:"target"`
-	LUN          uint64       `json:"lun"`
-	State        string       `json:"state"`
-	Serving      bool         `json:"serving"`
-	Checker      string       `json:"checker"`
-	CheckerState string       `json:"checker_state"`
-	Access       string       `json:"access,omitempty"` // asymmetric access state
-	Prio         int          `json:"prio"`
-	InFlight     int64        `json:"inflight"`
-	IOs          int64        `json:"ios"`
-	Errors       int64        `json:"errors"`
-	Failures     int64        `json:"failures"`
-	ReadBytes    int64        `json:"read_bytes"`
-	WrittenBytes int64        `json:"written_bytes"`
-	Times        Distribution `json:"-"`
-	Latency      Latency      `json:"latency_us"`
-	LastError    string       `json:"last_error"`
+	Name         string  `json:"name"`
+	URL          string  `json:"url"`
+	Trust        Trust   `json:"fence_test"` // reinstates, waits, untrusted, or empty when never tested
+	Portal       string  `json:"portal"`
+	Target       string  `json:"target"`
+	LUN          uint64  `json:"lun"`
+	LUNHex       string  `json:"lun_hex"` // as on the wire, SAM-5 4.7
+	Serial       string  `json:"serial,omitempty"`
+	PortGroup    int     `json:"port_group"`       // -1 if unknown
+	Place        string  `json:"hcil,omitempty"`   // host:channel:target:LUN of the kernel's device
+	Number       string  `json:"number,omitempty"` // major:minor of it
+	CheckEveryMS int64   `json:"check_every_ms"`
+	NextCheckMS  int64   `json:"next_check_ms"`
+	Device       string  `json:"device,omitempty"` // block device of the kernel that serves
+	State        string  `json:"state"`
+	Gray         string  `json:"gray,omitempty"` // why it is delayed or shaky
+	Serving      bool    `json:"serving"`
+	Foreign      bool    `json:"foreign"` // out until reinstated by hand: it leads to another disk
+	Checker      string  `json:"checker"`
+	CheckerState string  `json:"checker_state"`
+	Access       string  `json:"access,omitempty"` // asymmetric access state
+	Prio         int     `json:"prio"`
+	InFlight     int64   `json:"inflight"`
+	QueueDepth   int     `json:"queue_depth"` // commands that it takes at once
+	IOs          int64   `json:"ios"`
+	Errors       int64   `json:"errors"`
+	Failures     int64   `json:"failures"`
+	ReadBytes    int64   `json:"read_bytes"`
+	WrittenBytes int64   `json:"written_bytes"`
+	Times        Timing  `json:"-"`
+	Latency      Latency `json:"latency_us"`
+	Events       Counter `json:"-"`
+	LastError    string  `json:"last_error"`
 }
 
 // Latency are percentiles in microseconds since start.
@@ -142,18 +187,41 @@ func (g *Group) Snapshot() MapStatus {
 	}
 	m := MapStatus{Alias: g.cfg().Alias, WWID: g.lu().WWID, Vendor: g.lu().Vendor, Product: g.lu().Product, Size: g.Geometry().Size,
 		BlockSize: g.Geometry().BlockSize, ReadOnly: g.Geometry().ReadOnly, Queueing: g.queueing(), Queued: g.waiting.Load(), Groups: []GroupStatus{}}
-	m.Safety = g.ledger.status(&g.cfg().Config)
+	m.Safety = g.ledger.status(&g.cfg().Config, g.lu().BlockSize)
 	m.Safety.WriteThrough = g.through.Load()
-	m.Totals = Totals{g.failedUp.Load(), g.groupSwitches, g.retried.distribution()}
+	m.Safety.Lost = g.loss.is.Load()
+	m.Totals = Totals{Failed: g.failedUp.Load(), GroupSwitches: g.groupSwitches, Hedged: g.hedges.Load(), HedgesWon: g.hedgesWon.Load(), Retried: Timing{&g.retried}, Time: Timing{&g.requests.time}, Queue: Timing{&g.requests.queue}}
+	m.Totals.Requests, m.Totals.InFlight = g.requests.status()
+	m.Revision, m.Retry, m.MaxIO = g.lu().Revision, g.retryText(), g.maxIO.Load()
+	m.Failback = cmp.Or(g.cfg().Failback, Manual)
+	if g.cfg().FailbackAfter > 0 {
+		m.Failback = fmt.Sprint(int(g.cfg().FailbackAfter.Seconds()))
+	}
+	if g.giveUp != nil {
+		m.GiveUpMS = max(time.Until(g.giveUpAt).Milliseconds(), 1)
+	}
+	m.Totals.QueueTimeouts, m.Totals.NoPathMS = g.queueTimeouts, g.noPath.Milliseconds()
+	if !g.noPathSince.IsZero() {
+		m.Totals.NoPathMS += time.Since(g.noPathSince).Milliseconds()
+	}
 	m.Paths.Total, m.Paths.Active = len(g.paths), len(t.paths)
 	for _, pg := range g.grouping((*Path).usable) {
-		gs := GroupStatus{Selector: g.cfg().selector.Name(), Prio: pg.prio, State: "disabled"}
+		gs := GroupStatus{Selector: g.cfg().selector.Name(), Prio: pg.prio, State: "disabled", Marginal: pg.marginal}
 		for _, p := range pg.paths {
 			st := PathStatus{Name: p.Name, URL: p.URL, Portal: p.Portal, Target: p.Target, LUN: p.LUNNumber, State: "down", Serving: serving[p],
-				Checker: g.cfg().checker.Name(), CheckerState: string(p.checkState), Prio: p.prio, InFlight: p.load.InFlight.Load(), IOs: p.ios.Load(),
-				Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.trust,
-				ReadBytes: p.read.Load(), WrittenBytes: p.written.Load(), Times: p.latency.distribution()}
+				Checker: g.cfg().checker.Name(), CheckerState: string(p.checkState), Prio: p.prio, InFlight: p.load.InFlight.Load(), QueueDepth: p.queueDepth(), IOs: p.ios.Load(),
+				Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.classLocked(),
+				ReadBytes: p.read.Load(), WrittenBytes: p.written.Load(), Times: Timing{&p.latency}}
+			st.Foreign = p.wrongLU && !p.shrunk
+			st.Events = Counter{&p.events}
+			st.LUNHex, st.Serial, st.PortGroup = fmt.Sprintf("0x%x", p.PathConfig.LUN), p.serial, p.portGroup
+			st.CheckEveryMS = p.checkEvery.Load() / 1e6
+			st.NextCheckMS = max((p.checkDue.Load()-now())/1e6, 0)
 			st.Latency.P50, st.Latency.P99 = p.latency.percentile(50), p.latency.percentile(99)
+			if d, ok := p.session.(interface{ Device() string }); ok && p.up {
+				st.Device = d.Device()
+			}
+			st.Gray = p.held.String()
 			if p.access != accessUnknown {
 				st.Access = scsi.AccessStateText(uint8(p.access))
 			}
@@ -162,8 +230,10 @@ func (g *Group) Snapshot() MapStatus {
 				switch {
 				case p.suspect:
 					st.State = "suspect"
-				case p.delayed:
+				case p.delayed():
 					st.State = "delayed"
+				case p.marginal():
+					st.State = "shaky"
 				case p.checkState == checker.Ghost:
 					st.State = "ghost"
 				default:

@@ -8,9 +8,14 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
+// zeroes is the source of written zeroes for all groups, never modified.
+var zeroes [256 << 10]byte
+
 // Bits of Route.State.
 const (
-	stateSynced uint32 = 1 << 31 // a write with FUA: the write is done, the flush is due
+	stateSynced  uint32 = 1 << 31 // a write with FUA: the write is done, the flush is due
+	stateRewrite uint32 = 1 << 30 // writes the shadow back: never held
+	stateHedged  uint32 = 1 << 29 // a read that was issued twice: not again
 	// For Flush the low bits are the paths that were asked.
 )
 
@@ -23,6 +28,7 @@ func now() int64 { return int64(time.Since(started)) }
 func (g *Group) Submit(r *block.Request, p *block.Plug) {
 	r.Err = nil
 	r.Route = block.Route{Start: now()}
+	g.requests.taken[r.Op].Add(1)
 	if g.waiting.Load() == 0 && g.start(r, nil, p) {
 		return
 	}
@@ -33,11 +39,15 @@ func (g *Group) Submit(r *block.Request, p *block.Plug) {
 // start issues the request's next command on the path that the selector picks,
 // not on avoid if there is another. False: no path took it.
 func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
-	if r.Op == block.Trim && (g.noUnmap.Load() || !g.lu().Unmap) || r.Op == block.Flush && !g.lu().WriteCache {
-		g.finish(r, nil, p)
+	switch {
+	case r.Op == block.Trim && r.Route.State&stateSynced == 0 && (g.noUnmap.Load() || !g.lu().Unmap || !alignTrim(g.lu(), r)):
+		g.moved(r, p)
+		return true
+	case r.Op == block.Flush && !g.lu().WriteCache:
+		g.endFlush(r, p)
 		return true
 	}
-	if r.Flags&block.FastZero != 0 && r.Op == block.WriteZeroes && (g.noSame.Load() || !g.lu().Unmap || !g.lu().Zeroes || r.Flags&block.NoUnmap != 0) {
+	if r.Flags&block.FastZero != 0 && r.Op == block.WriteZeroes && (g.noSame.Load() || !g.lu().UnmapSame || !g.lu().Zeroes || r.Flags&block.NoUnmap != 0) {
 		g.finish(r, block.ErrNotSup, p)
 		return true
 	}
@@ -48,9 +58,15 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 	if len(t.paths) == 0 {
 		return false
 	}
-	size := min(r.Len-r.Route.Pos, g.maxIO)
+	size := min(r.Len-r.Route.Pos, g.maxIO.Load())
+	if r.Op == block.Read && g.ledger.shadow.used.Load() > 0 && g.ledger.omit&RuleShadowRead == 0 {
+		if size = g.ledger.readShadow(r, size, int64(g.lu().BlockSize)); size == 0 {
+			g.finish(r, nil, p)
+			return true
+		}
+	}
 	if avoid != nil {
-		for _, pt := range t.all {
+		for _, pt := range t.able {
 			if pt != avoid && g.issue(r, pt, size, p) {
 				return true
 			}
@@ -68,30 +84,42 @@ func (g *Group) start(r *block.Request, avoid *Path, p *block.Plug) bool {
 	return false
 }
 
-// startFlush sends SYNCHRONIZE CACHE to each serving path that took writes
-// since its last one, in turn: behind different target names there may be
-// different caches. What a dead path may hold is flushed through a path to the
-// same target; if there is none, the flush is parked until the path is back.
+// startFlush sends SYNCHRONIZE CACHE to each path that took writes since its
+// last one, in turn: behind different target names there may be different
+// caches. A path counts whether I/O would go there or not: one that is suspect
+// or that its checker took out holds writes as any other. What a dead path may
+// hold is flushed through a path to the same target; if there is none, the
+// flush is parked until the path is back.
 func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
-	for _, pt := range t.all {
-		bit := uint32(1) << pt.index
-		if r.Route.State&bit == 0 && pt.dirty.Load() {
-			if !g.issue(r, pt, 0, p) {
-				return false
-			}
-			return true
-		}
-	}
 	if len(t.all) == 0 {
 		return false
 	}
+	absent := g.ledger.unflushable()
 	for _, pt := range *g.everyPath.Load() {
-		if pt.dirty.Load() && pt.current.Load() == nil {
-			return g.park(r, p)
+		if r.Route.State&(1<<pt.index) != 0 || !pt.unflushed() {
+			continue
 		}
+		switch {
+		case g.issue(r, pt, 0, p):
+			return true
+		case pt.current.Load() != nil || pt.doubted.Load():
+			return false // no room just now, or about to prove itself
+		}
+		absent = true
 	}
-	if r.Route.State&^stateSynced != 0 { // all that were dirty are clean
-		r.Owner.Complete(r, p)
+	if absent {
+		return g.park(r, p)
+	}
+	if r.Route.State&^(stateSynced|stateRewrite) != 0 { // all that were dirty are clean
+		if r.Route.State&stateSynced != 0 && g.losses.Load() != r.Route.Losses {
+			// A server that lost its power between the write and the flush had
+			// nothing left to flush: write again.
+			r.Route.State &= stateRewrite
+			r.Route.Pos = 0
+			r.Route.Tries++
+			return g.start(r, nil, p)
+		}
+		g.endFlush(r, p)
 		return true
 	}
 	for _, pt := range t.paths {
@@ -102,9 +130,21 @@ func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 	return false
 }
 
+// endFlush ends a flush, or a mutation with FUA, whose caches are clean. A write
+// that was acknowledged and is lost since must be told: a flush fails.
+func (g *Group) endFlush(r *block.Request, p *block.Plug) {
+	if r.Op == block.Flush && g.loss.is.Load() && r.Route.State&stateRewrite == 0 {
+		g.told(r)
+		g.finish(r, block.ErrIO, p)
+		return
+	}
+	g.finish(r, nil, p)
+}
+
 // issue builds the command for r's next size bytes and submits it on pt.
 func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) bool {
-	a, s := pt.take()
+	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
+	a, s := pt.take(flush)
 	if a == nil {
 		return false
 	}
@@ -120,13 +160,19 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	c.ShortOK = r.Op == block.Trim || r.Op == block.WriteZeroes && !g.noSame.Load()
 	bs := int64(g.lu().BlockSize)
 	lba := uint64((r.Off + r.Route.Pos) / bs)
-	use16 := g.lu().Use16
+	use16 := g.lu().Use16 && !pt.use10.Load()
 	a.unsupported = nil
-	flush := r.Op == block.Flush || r.Route.State&stateSynced != 0
+	if r.Flags&block.FUA != 0 && !flush && r.Route.Pos == 0 {
+		r.Route.Losses = g.losses.Load()
+	}
 	switch {
 	case flush:
 		r.Route.State |= 1 << pt.index
-		a.wasDirty = pt.dirty.Swap(false)
+		pt.flushing.Add(1) // before: another flush must not find the path clean
+		a.wasSince = pt.since.Load()
+		if a.wasDirty = pt.dirty.Swap(false); !a.wasDirty {
+			pt.flushing.Add(-1)
+		}
 		scsi.SyncCache(&c.CDB, 0, 0, use16 && !pt.sync10.Load())
 	case r.Op == block.Read:
 		c.Dir, c.Data = initiator.DataIn, r.Data[r.Route.Pos:r.Route.Pos+size]
@@ -135,10 +181,7 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		c.Dir, c.Data = initiator.DataOut, r.Data[r.Route.Pos:r.Route.Pos+size]
 		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
 	case r.Op == block.Trim:
-		size = min(r.Len-r.Route.Pos, 1<<30)
-		if g.lu().MaxUnmap > 0 {
-			size = min(size, int64(g.lu().MaxUnmap)*bs)
-		}
+		size = trimStep(g.lu(), r)
 		scsi.Unmap(&c.CDB, a.list[:], lba, uint32(size/bs))
 		c.Dir, c.Data = initiator.DataOut, a.list[:]
 		a.unsupported = &g.noUnmap
@@ -147,30 +190,38 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		if g.lu().MaxWriteSame > 0 {
 			size = min(size, int64(g.lu().MaxWriteSame)*bs)
 		}
-		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.lu().Unmap && g.lu().Zeroes)
-		c.Dir, c.Data = initiator.DataOut, g.zeroes[:bs]
+		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.lu().UnmapSame && g.lu().Zeroes)
+		c.Dir, c.Data = initiator.DataOut, zeroes[:bs:bs]
 		a.unsupported = &g.noSame
 		if g.through.Load() { // WRITE SAME knows no FUA
 			r.Flags |= block.FUA
 		}
 	default:
-		size = min(r.Len-r.Route.Pos, int64(len(g.zeroes)))
-		c.Dir, c.Data = initiator.DataOut, g.zeroes[:size]
+		size = min(r.Len-r.Route.Pos, int64(len(zeroes)), g.maxIO.Load()) &^ (bs - 1)
+		c.Dir, c.Data = initiator.DataOut, zeroes[:size:size]
 		a.dirties = a.dirties && !g.through.Load()
 		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
 	}
 	a.size = size
-	if !flush && r.Op != block.Read && g.cfg().Protection != Off {
+	if !flush && r.Op != block.Read {
 		blocks := uint64(size / bs)
 		a.span.Store(span(lba, lba+blocks))
-		if g.ledger.open.Load() > 0 && g.hold(r, a, lba, lba+blocks) {
-			a.span.Store(0)
-			c.Data = nil
-			pt.give(a)
-			return true
+		if g.ledger.open.Load() > 0 {
+			if held, err := g.hold(r, a, lba, lba+blocks); held || err != nil {
+				a.span.Store(0)
+				c.Data = nil
+				pt.give(a, false)
+				if err != nil {
+					g.finish(r, err, p)
+				}
+				return true
+			}
 		}
 	}
 	a.req, a.start = r, now()
+	if r.Op == block.Read && size == r.Len && r.Arena != nil && g.cfg().HedgeReads > 0 && r.Route.State&stateHedged == 0 {
+		a.open.Store(a.start | 1) // neither 0 nor captured
+	}
 	pt.load.InFlight.Add(1)
 	pt.load.Bytes.Add(size)
 	if s.Submit(c, p) {
@@ -178,15 +229,16 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	}
 	pt.load.InFlight.Add(-1)
 	pt.load.Bytes.Add(-size)
+	if a.unopened(p) {
+		return true
+	}
 	if a.span.Load() != 0 {
 		a.span.Store(0)
 	}
 	if flush {
 		r.Route.State &^= 1 << pt.index
-		if a.wasDirty {
-			pt.dirty.Store(true)
-		}
+		pt.flushed(a, false)
 	}
-	pt.give(a)
+	pt.give(a, false)
 	return false
 }

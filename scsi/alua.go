@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"encoding/hex"
 	"fmt"
 	"time"
 )
@@ -124,4 +125,20 @@ func TargetPort(ds []Designator) (port, group uint16, ok bool) {
 		}
 	}
 	return port, group, ok
+}
+
+// TargetDevice names the device that a unit belongs to, the same through all its
+// ports (SPC-4 7.8.6, association 2): its SCSI name, else its NAA in hex, else
+// empty.
+func TargetDevice(ds []Designator) (name string) {
+	for _, d := range ds {
+		switch {
+		case d.Association != 2:
+		case d.Type == TypeSCSIName:
+			return text(d.ID)
+		case d.Type == TypeNAA:
+			name = "naa." + hex.EncodeToString(d.ID)
+		}
+	}
+	return name
 }

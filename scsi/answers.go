@@ -1,6 +1,7 @@
 package scsi
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -67,7 +68,9 @@ type BlockLimits struct {
 	MaxTransfer, OptTransfer  uint32
 	MaxUnmapLBAs, MaxUnmapCnt uint32
 	UnmapGranularity          uint32
+	UnmapAlignment            uint32 // of the first granule; 0 if the unit does not tell
 	MaxWriteSame              uint64
+	NonZeroSame               bool // WSNZ: WRITE SAME of "0 blocks, all there are" is refused
 }
 
 // ParseBlockLimits reads page B0; short pages leave the later fields 0.
@@ -82,6 +85,10 @@ func ParseBlockLimits(b []byte) (l BlockLimits, err error) {
 	l.MaxTransfer, l.OptTransfer = be.Uint32(full[4:]), be.Uint32(full[8:])
 	l.MaxUnmapLBAs, l.MaxUnmapCnt = be.Uint32(full[16:]), be.Uint32(full[20:])
 	l.UnmapGranularity = be.Uint32(full[24:])
+	if a := be.Uint32(full[28:]); a>>31 != 0 {
+		l.UnmapAlignment = a &^ (1 << 31)
+	}
+	l.NonZeroSame = full[0]&1 != 0
 	l.MaxWriteSame = be.Uint64(full[32:])
 	return l, nil
 }
@@ -135,6 +142,9 @@ func ParseReadCapacity10(b []byte) (Capacity, error) {
 	if len(b) < 8 {
 		return Capacity{}, fmt.Errorf("capacity: %d bytes, need 8", len(b))
 	}
+	if be.Uint32(b) == 1<<32-1 {
+		return Capacity{}, errors.New("capacity: too large for READ CAPACITY (10), and the unit does not know the 16-byte form")
+	}
 	return capacity(uint64(be.Uint32(b)), be.Uint32(b[4:]), 0, 0)
 }
 
@@ -174,15 +184,20 @@ func ParseModeCaching(b []byte) (c Caching, err error) {
 	return c, nil
 }
 
-// ParseReportLUNs reads REPORT LUNS data into raw LUNs.
-func ParseReportLUNs(b []byte) ([][8]byte, error) {
+// ParseReportLUNs reads REPORT LUNS data into raw LUNs, each once. size is how
+// many bytes the whole answer has, of which b may be the beginning.
+func ParseReportLUNs(b []byte) (luns [][8]byte, size uint64, err error) {
 	if len(b) < 8 {
-		return nil, fmt.Errorf("LUN list: %d bytes, need 8", len(b))
+		return nil, 0, fmt.Errorf("LUN list: %d bytes, need 8", len(b))
 	}
-	n := int(min(uint64(be.Uint32(b)), uint64(len(b)-8))) / 8
-	luns := make([][8]byte, n)
-	for i := range luns {
-		copy(luns[i][:], b[8+8*i:])
+	size = 8 + uint64(be.Uint32(b))
+	n := int(min(size, uint64(len(b)))-8) / 8
+	seen := make(map[[8]byte]bool, n)
+	for i := range n {
+		if l := [8]byte(b[8+8*i:]); !seen[l] {
+			seen[l] = true
+			luns = append(luns, l)
+		}
 	}
-	return luns, nil
+	return luns, size, nil
 }

@@ -22,29 +22,36 @@ const (
 
 // Operation codes.
 const (
-	OpTestUnitReady  uint8 = 0x00
-	OpRequestSense   uint8 = 0x03
-	OpInquiry        uint8 = 0x12
-	OpModeSense6     uint8 = 0x1a
-	OpStartStop      uint8 = 0x1b
-	OpReadCapacity10 uint8 = 0x25
-	OpRead10         uint8 = 0x28
-	OpWrite10        uint8 = 0x2a
-	OpSyncCache10    uint8 = 0x35
-	OpUnmap          uint8 = 0x42
-	OpModeSense10    uint8 = 0x5a
-	OpRead16         uint8 = 0x88
-	OpWrite16        uint8 = 0x8a
-	OpSyncCache16    uint8 = 0x91
-	OpWriteSame16    uint8 = 0x93
-	OpServiceIn16    uint8 = 0x9e
-	OpReportLUNs     uint8 = 0xa0
+	OpTestUnitReady   uint8 = 0x00
+	OpRequestSense    uint8 = 0x03
+	OpInquiry         uint8 = 0x12
+	OpModeSense6      uint8 = 0x1a
+	OpStartStop       uint8 = 0x1b
+	OpReadCapacity10  uint8 = 0x25
+	OpRead10          uint8 = 0x28
+	OpWrite10         uint8 = 0x2a
+	OpSyncCache10     uint8 = 0x35
+	OpUnmap           uint8 = 0x42
+	OpModeSense10     uint8 = 0x5a
+	OpRead16          uint8 = 0x88
+	OpCompareAndWrite uint8 = 0x89
+	OpWrite16         uint8 = 0x8a
+	OpSyncCache16     uint8 = 0x91
+	OpWriteSame16     uint8 = 0x93
+	OpServiceIn16     uint8 = 0x9e
+	OpReportLUNs      uint8 = 0xa0
 )
 
 var be = binary.BigEndian
 
 // TestUnitReady builds TEST UNIT READY (SPC-4 6.47).
 func TestUnitReady() CDB { return CDB{} }
+
+// StartUnit builds START STOP UNIT with START (SBC-3 5.25).
+func StartUnit() (c CDB) {
+	c[0], c[4] = OpStartStop, 0x01
+	return c
+}
 
 // Inquiry builds INQUIRY (SPC-4 6.6); page is used with evpd only.
 func Inquiry(evpd bool, page uint8, alloc uint16) (c CDB) {
@@ -130,32 +137,18 @@ func Unmap(cdb *CDB, list []byte, lba uint64, blocks uint32) {
 	be.PutUint32(list[16:], blocks)
 }
 
+// CompareAndWrite builds COMPARE AND WRITE (SBC-3 5.2) of one block. Its data are
+// the block to compare with and the block to write.
+func CompareAndWrite(lba uint64) (c CDB) {
+	c[0], c[13] = OpCompareAndWrite, 1
+	be.PutUint64(c[2:], lba)
+	return c
+}
+
 // WriteSame16 fills cdb with WRITE SAME (16) of one block of data (SBC-3 5.44).
 func WriteSame16(cdb *CDB, lba uint64, blocks uint32, unmap bool) {
 	transfer(cdb, 0, OpWriteSame16, 0, lba, blocks, true)
 	if unmap {
 		cdb[1] = 0x08
 	}
-}
-
-// LUNFromNumber encodes a LUN below 256 as peripheral, below 16384 as flat
-// space addressing (SAM-5 4.7). Larger numbers are taken as the raw eight bytes.
-func LUNFromNumber(n uint64) (l [8]byte) {
-	switch {
-	case n < 256:
-		l[1] = uint8(n)
-	case n < 16384:
-		l[0], l[1] = 0x40|uint8(n>>8), uint8(n)
-	default:
-		be.PutUint64(l[:], n)
-	}
-	return l
-}
-
-// LUNNumber is the number that users write for a raw LUN.
-func LUNNumber(l [8]byte) uint64 {
-	if l[2]|l[3]|l[4]|l[5]|l[6]|l[7] == 0 && l[0] < 0x80 && (l[0] == 0 || l[0]&0xc0 == 0x40) {
-		return uint64(l[0]&0x3f)<<8 | uint64(l[1])
-	}
-	return be.Uint64(l[:])
 }

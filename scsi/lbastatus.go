@@ -37,7 +37,9 @@ func ParseLBAStatus(b []byte, lba uint64) (runs []LBARun, err error) {
 		if n <= lba-at { // the first may begin before what was asked
 			break
 		}
-		n -= lba - at
+		if n -= lba - at; lba+n < lba {
+			return runs, fmt.Errorf("LBA status: a run of %d blocks at %d ends beyond any disk", n, lba)
+		}
 		runs = append(runs, LBARun{n, p[12] & 0x0f})
 		lba += n
 	}

@@ -59,9 +59,10 @@ func TestHostileLengthsAreBounded(t *testing.T) {
 	require.ErrorContains(t, err, "power of two")
 	_, err = ParseReadCapacity16([]byte{255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 2, 0})
 	require.ErrorContains(t, err, "beyond any disk")
-	luns, err := ParseReportLUNs([]byte{255, 255, 255, 255, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0})
+	luns, size, err := ParseReportLUNs([]byte{255, 255, 255, 255, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0})
 	require.NoError(t, err)
-	require.Len(t, luns, 1)
+	require.Len(t, luns, 1, "each once")
+	require.EqualValues(t, 1<<32+7, size)
 }
 
 func TestSense(t *testing.T) {
@@ -73,24 +74,35 @@ func TestSense(t *testing.T) {
 }
 
 func TestLUN(t *testing.T) {
-	for _, n := range []uint64{0, 1, 255, 256, 16383} {
+	for _, c := range []struct {
+		text, also string
+		raw        [8]byte
+	}{
+		{"0", "0x0000000000000000", [8]byte{}},
+		{"1", "0x0001000000000000", [8]byte{0, 1}},
+		{"255", "0x00ff000000000000", [8]byte{0, 255}},
+		{"256", "0x4100000000000000", [8]byte{0x41}},
+		{"16383", "0x7FFF000000000000", [8]byte{0x7f, 0xff}},
+		{"0x4001000000000000", "0x4001000000000000", [8]byte{0x40, 1}}, // flat, of a small number
+		{"0x0100000000000000", "0x0100000000000000", [8]byte{1}},       // peripheral, bus 1
+		{"0x0001000200000000", "0x0001000200000000", [8]byte{0, 1, 0, 2}},
+		{"0xd2000001abcdef01", "0xD2000001ABCDEF01", [8]byte{0xd2, 0, 0, 1, 0xab, 0xcd, 0xef, 1}}, // extended
+		{"0x0000000000000005", "0x0000000000000005", [8]byte{7: 5}},
+		{"0xffffffffffffffff", "0xffffffffffffffff", [8]byte{255, 255, 255, 255, 255, 255, 255, 255}},
+	} {
+		require.Equal(t, c.text, LUNText(c.raw))
+		for _, s := range []string{c.text, c.also} {
+			l, err := ParseLUN(s)
+			require.NoError(t, err)
+			require.Equal(t, c.raw, l, s)
+		}
+	}
+	for _, n := range []uint64{0, 1, 255, 256, 16383, 0x4001 << 48} {
 		require.Equal(t, n, LUNNumber(LUNFromNumber(n)))
 	}
-}
-
-func FuzzSense(f *testing.F) {
-	f.Add([]byte{0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x25, 0})
-	f.Fuzz(func(t *testing.T, b []byte) { _ = ParseSense(b).String() })
-}
-
-func FuzzVPD83(f *testing.F) {
-	f.Add([]byte{0, 0x83, 0, 12, 1, 3, 0, 8, 0x50, 5, 7, 0x68, 0, 0, 0, 1})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		ds, _ := ParseVPD83(b)
-		WWID(InquiryData{}, ds, "")
-		ParseBlockLimits(b)
-		ParseModeCaching(b)
-		ParseReportLUNs(b)
-		ParseInquiry(b)
-	})
+	for _, bad := range []string{"", "-1", "+1", "01", " 1", "1 ", "1_0", "16384", "65536", "18446744073709551616", "0x", "0x1", "0X4001000000000000", "0x400100000000000", "0x40010000000000000",
+		"0x-001000000000000", "0x+001000000000000", "0x4001_00000000000", "0x400100000000000g", "x4001000000000000", "4001000000000000", "0b1", "0o1", "1e3", "\u0661", "1/2", "1\x00"} {
+		l, err := ParseLUN(bad)
+		require.ErrorContains(t, err, "is no LUN", "%q: %x", bad, l)
+	}
 }

@@ -17,6 +17,7 @@ const (
 	KeyAborted        uint8 = 0xb
 	KeyOverflow       uint8 = 0xd
 	KeyMiscompare     uint8 = 0xe
+	KeyCompleted      uint8 = 0xf
 )
 
 // Sense is parsed sense data (SPC-4 4.5), fixed or descriptor format.

@@ -29,11 +29,22 @@ func attacher(spec string) (daemon.Attacher, error) {
 	}
 	first := strings.TrimPrefix(spec, "auto")
 	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (daemon.Kernel, error) {
-		backend := "mpathd:" + wwid
+		backend := attach.BackendPrefix + wwid
 		make, old := attach.Connect, attach.Find(backend)
 		if old != "" {
 			// An earlier run died or left, and its users still wait on this device.
 			make, device = attach.Adopt, old
+		}
+		if old != "" {
+			if f := d.Inherit(old); f != nil {
+				dev, err := attach.Inherit(old, backend)
+				if err != nil {
+					f.Close()
+					return daemon.Kernel{}, err
+				}
+				go d.Server().ServeHanded(f, export)
+				return kernelOf(dev, export, true), nil
+			}
 		}
 		if device == "" {
 			device, first = first, "" // daemon attaches one map at a time
@@ -49,12 +60,16 @@ func attacher(spec string) (daemon.Attacher, error) {
 			conn.Close()
 			return daemon.Kernel{}, err
 		}
-		unlink, err := dev.Link(export)
-		if err != nil {
-			logger().Warn("no link to the device", "cause", err)
-			unlink = func() {}
-		}
-		detach := func() error { unlink(); return dev.Disconnect() }
-		return daemon.Kernel{Path: dev.Path(), Detach: detach, Resize: dev.Resize, Adopted: old != ""}, nil
+		return kernelOf(dev, export, old != ""), nil
 	}, nil
+}
+
+func kernelOf(dev *attach.Device, export string, adopted bool) daemon.Kernel {
+	unlink, err := dev.Link(export)
+	if err != nil {
+		logger().Warn("no link to the device", "cause", err)
+		unlink = func() {}
+	}
+	detach := func() error { unlink(); return dev.Disconnect() }
+	return daemon.Kernel{Path: dev.Path(), Detach: detach, Resize: dev.Resize, Adopted: adopted, InUse: dev.InUse}
 }

@@ -57,8 +57,9 @@ func configJSON(c *config.Config, effective bool) map[string]any {
 		"initiator": ini, "nbd": c.NBD}
 }
 
-// printConfig writes a configuration that reads back as what it means.
-func printConfig(w io.Writer, c *config.Config, effective bool) {
+// printConfig writes a configuration, built-in values included, that reads back
+// as what it means.
+func printConfig(w io.Writer, c *config.Config) {
 	quote := func(v string) string { return `"` + strings.ReplaceAll(v, `"`, `""`) + `"` }
 	section := func(indent, name string, s config.Section) {
 		fmt.Fprintf(w, "%s%s {\n", indent, name)
@@ -73,7 +74,7 @@ func printConfig(w io.Writer, c *config.Config, effective bool) {
 		fmt.Fprintf(w, "%s}\n", indent)
 	}
 	fmt.Fprintln(w, "initiator {")
-	for _, k := range []string{"name", "failover_time", "header_digest", "data_digest", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file"} {
+	for _, k := range []string{"name", "failover_time", "header_digest", "data_digest", "lenient", "redirect_allow", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file", "chap_algs", "chap_short_secrets"} {
 		if v, ok := c.Initiator.Settings[k]; ok {
 			fmt.Fprintf(w, "\t%s %s\n", k, quote(v))
 		}
@@ -86,11 +87,7 @@ func printConfig(w io.Writer, c *config.Config, effective bool) {
 	}
 	fmt.Fprintln(w, "}")
 	section("", "nbd", c.NBD)
-	if effective {
-		section("", "defaults", c.Effective())
-	} else {
-		section("", "defaults", c.Defaults)
-	}
+	section("", "defaults", c.Effective())
 	for _, b := range []struct {
 		name string
 		list config.Criteria
@@ -144,7 +141,7 @@ func checkCommand() *cobra.Command {
 			} else {
 				report(c)
 				if len(c.Errors) == 0 {
-					printConfig(os.Stdout, c, true)
+					printConfig(os.Stdout, c)
 				}
 			}
 			if n := len(c.Errors); n > 0 {

@@ -1,20 +1,17 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/mpathd/mpathd/config"
 	"github.com/mpathd/mpathd/daemon"
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/initiator/kernel"
 	"github.com/mpathd/mpathd/paths"
 )
 
@@ -44,12 +41,18 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 		o.FailoverTime, _ = time.ParseDuration(v)
 	}
 	if v := ini["header_digest"]; v != "" && !set("header-digest") {
-		o.HeaderDigest = v == "crc32c"
+		o.HeaderDigest.Set(v)
 	}
 	if v := ini["data_digest"]; v != "" && !set("data-digest") {
-		o.DataDigest = v == "crc32c"
+		o.DataDigest.Set(v)
 	}
-	own, err := credentials(ini)
+	if v := ini["lenient"]; v != "" && !set("lenient") {
+		o.Lenient = v == "yes"
+	}
+	if v := ini["redirect_allow"]; v != "" {
+		o.RedirectTo, _ = initiator.ParseNetworks(v)
+	}
+	own, err := withCredentials(ini, initiator.Credentials{})
 	if err != nil {
 		return err
 	}
@@ -65,15 +68,8 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 		if err != nil {
 			return err
 		}
-		if u.User == "" {
-			u.Credentials = own
-		}
-		c, err := credentials(t)
-		if err != nil {
-			return err
-		}
-		if c.User != "" {
-			u.Credentials = c
+		if u.Credentials, err = withCredentials(ofTarget(ini, t), u.Credentials); err != nil {
+			return fmt.Errorf("target %s: %w", u, err)
 		}
 		o.Targets = append(o.Targets, u)
 	}
@@ -85,12 +81,30 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 	o.Resolve = func(info *initiator.LUInfo) (paths.Config, string, error) {
 		return resolve(log, c, names, flags, set, info)
 	}
+	o.Refuse = func(u initiator.URL, info *initiator.LUInfo) string {
+		lu := unitOf(info)
+		if lu.Transport = "scsi:iscsi"; u.Transport != initiator.Local {
+			return c.Blacklisted(lu)
+		}
+		lu.Device = filepath.Base(u.Device)
+		if real, err := filepath.EvalSymlinks(u.Device); err == nil {
+			lu.Device = filepath.Base(real)
+		}
+		if kernel.PlaceOf(u.Device).Target == "" {
+			lu.Transport = "scsi:unspec"
+		}
+		return c.Blacklisted(lu)
+	}
 	return nil
+}
+
+func unitOf(info *initiator.LUInfo) config.LU {
+	return config.LU{WWID: info.WWID, Synonyms: info.Synonyms, Vendor: info.Vendor, Product: info.Product, Revision: info.Revision, ALUA: info.TPGS != 0}
 }
 
 // resolve is the policy of one map.
 func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags paths.Config, set func(string) bool, info *initiator.LUInfo) (paths.Config, string, error) {
-	lu := config.LU{WWID: info.WWID, Synonyms: info.Synonyms, Vendor: info.Vendor, Product: info.Product, Revision: info.Revision}
+	lu := unitOf(info)
 	if why := c.Blacklisted(lu); why != "" {
 		return paths.Config{}, "", fmt.Errorf("%s is left alone: %s", info.WWID, why)
 	}
@@ -100,9 +114,10 @@ func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags p
 	}
 	p := paths.Config{Alias: s.Alias, Policy: s.Policy, Selector: s.Selector, Checker: s.Checker, AutoResize: s.AutoResize, Failback: s.Failback, FailbackAfter: s.FailbackAfter, Prio: s.Prio, PrioArgs: s.PrioArgs, MinIO: s.MinIO, WeightByPrio: s.WeightByPrio, NoPathRetry: s.NoPathRetry,
 		PollingInterval: s.PollingInterval, MaxPollingInterval: s.MaxPollingInterval, CheckTimeout: s.CheckTimeout, Merge: s.Named,
-		Protection: s.Protection, FenceWait: s.FenceWait, Quarantine: s.Quarantine, Replicated: s.Replicated, MultibusServers: s.MultibusServers}
+		PathErrors: paths.PathErrors(s.PathErrors), Sampling: paths.Sampling(s.Sampling), MarginalGroups: s.MarginalGroups, MaxIO: s.MaxIO, GrayPaths: s.GrayPaths, HedgeReads: s.HedgeReads, HedgeAfter: s.HedgeAfter,
+		Protection: s.Protection, ShadowLimit: s.ShadowLimit, FenceBy: s.FenceBy, FenceWait: s.FenceWait, GhostDelay: s.GhostDelay, Quarantine: s.Quarantine, Waits: s.Waits, Replicated: s.Replicated, MultibusServers: s.MultibusServers}
 	if s.FenceCommand != "" {
-		p.FenceCommand = func(ctx context.Context, path string) error { return runFence(ctx, s.FenceCommand, path) }
+		p.FenceCommand = daemon.FenceCommand(log, s.FenceCommand)
 	}
 	for flag, over := range map[string]func(){
 		"prio": func() { p.Prio = flags.Prio }, "prio-args": func() { p.PrioArgs = flags.PrioArgs },
@@ -110,9 +125,9 @@ func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags p
 		"checker": func() { p.Checker = flags.Checker }, "failback": func() { p.Failback, p.FailbackAfter = flags.Failback, flags.FailbackAfter },
 		"no-path-retry":    func() { p.NoPathRetry = flags.NoPathRetry },
 		"polling-interval": func() { p.PollingInterval = flags.PollingInterval }, "max-polling-interval": func() { p.MaxPollingInterval = flags.MaxPollingInterval },
-		"ghost-protection": func() { p.Protection = flags.Protection }, "fence-wait": func() { p.FenceWait = flags.FenceWait },
+		"ghost-protection": func() { p.Protection = flags.Protection }, "shadow-limit": func() { p.ShadowLimit = flags.ShadowLimit }, "fence-by": func() { p.FenceBy = flags.FenceBy }, "fence-wait": func() { p.FenceWait = flags.FenceWait },
 		"quarantine": func() { p.Quarantine = flags.Quarantine }, "fence-command": func() { p.FenceCommand = flags.FenceCommand },
-		"replicated": func() { p.Replicated = flags.Replicated }, "multibus-servers": func() { p.MultibusServers = flags.MultibusServers },
+		"reinstatement-waits": func() { p.Waits = flags.Waits }, "replicated": func() { p.Replicated = flags.Replicated }, "multibus-servers": func() { p.MultibusServers = flags.MultibusServers },
 	} {
 		if set(flag) {
 			over()
@@ -133,56 +148,4 @@ func resolve(log *slog.Logger, c *config.Config, names *daemon.Bindings, flags p
 		}
 	}
 	return p, s.NBDDevice, nil
-}
-
-const maxSecret = 4096
-
-// credentials are the CHAP settings of a section. mutual is what the target
-// must prove; it needs credentials of our own.
-func credentials(s config.Section) (c initiator.Credentials, err error) {
-	if c.User, c.Secret, err = chap(s, ""); err != nil {
-		return c, err
-	}
-	if c.MutualUser, c.MutualSecret, err = chap(s, "mutual_"); err != nil {
-		return c, err
-	}
-	switch {
-	case c.MutualSecret != "" && c.Secret == "":
-		return c, errors.New("mutual_chap_secret_file needs chap_user and chap_secret_file too: a target proves itself only to whom it authenticates")
-	case c.MutualSecret != "" && c.MutualSecret == c.Secret:
-		return c, errors.New("chap_secret_file and mutual_chap_secret_file hold the same secret, which proves nothing: choose another one")
-	}
-	return c, nil
-}
-
-// chap reads the secret of chap_user or mutual_chap_user from a file that only
-// its owner can read.
-func chap(s config.Section, kind string) (user, secret string, err error) {
-	user, file := s[kind+"chap_user"], s[kind+"chap_secret_file"]
-	switch {
-	case user == "" && file == "":
-		return "", "", nil
-	case file == "" || user == "" && kind == "":
-		return "", "", fmt.Errorf("%schap_user and %schap_secret_file belong together: one is missing", kind, kind)
-	}
-	st, err := os.Stat(file)
-	if err != nil {
-		var pe *fs.PathError
-		errors.As(err, &pe)
-		return "", "", fmt.Errorf(kind+"chap_secret_file %s: %w", file, pe.Err)
-	}
-	if !st.Mode().IsRegular() || st.Size() > maxSecret {
-		return "", "", fmt.Errorf(kind+"chap_secret_file %s: not a regular file of at most %d bytes", file, maxSecret)
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return "", "", fmt.Errorf(kind+"chap_secret_file %s: mode %04o lets others read it: chmod 600 %s", file, st.Mode().Perm(), file)
-	}
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return "", "", err
-	}
-	if secret = strings.TrimRight(string(b), "\r\n"); secret == "" {
-		return "", "", fmt.Errorf(kind+"chap_secret_file %s is empty", file)
-	}
-	return user, secret, nil
 }

@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"strings"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 )
@@ -19,33 +21,105 @@ var logFormat string
 
 func main() {
 	debug.SetGCPercent(200)
-	root := &cobra.Command{Use: "mpathd", Short: "one block device out of several iSCSI paths", SilenceErrors: true, SilenceUsage: true}
-	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "text or json")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(runCommand(), showCommand(), checkCommand(), pathCommand("fail", "take a path out of service"),
-		pathCommand("reinstate", "let a path serve again"), pathCommand("fence", "declare that the path's old session can write no more (its server is off)"), queueCommand(), switchCommand(), resizeCommand(), reconfigureCommand(), eventsCommand(), discoverCommand(), wwidCommand(), demoCommand(), targetCommand())
-	if err := root.Execute(); err != nil {
-		fmt.Fprintln(os.Stderr, "mpathd:", err)
-		var u usageError
-		if errors.As(err, &u) {
-			os.Exit(2)
-		}
-		os.Exit(1)
+	if f := personality(os.Args[0]); f != nil {
+		os.Exit(f(os.Args[1:]))
 	}
+	err := rootCommand().Execute()
+	if m := messages.Load(); m != nil {
+		m.flush()
+	}
+	if err != nil {
+		complain(err)
+	}
+	os.Exit(exitCode(err))
 }
 
-func logger() *slog.Logger {
-	if logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, nil))
+// exitCode is 0 for success, 1 for a failure, 2 for wrong usage.
+func exitCode(err error) int {
+	var u usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &u):
+		return 2
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, nil))
+	return 1
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{Use: "mpathd", Short: "one block device out of several iSCSI paths", SilenceErrors: true, SilenceUsage: true, Args: cobra.ArbitraryArgs,
+		RunE: func(c *cobra.Command, a []string) error { return group(c, a) },
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if logFormat != "text" && logFormat != "json" {
+				return usageError{fmt.Errorf("--log-format %q: want text or json", logFormat)}
+			}
+			return nil
+		}}
+	root.PersistentFlags().StringVar(&logFormat, "log-format", "text", "text or json")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{fmt.Errorf("%s%w", prefix(c), err)} })
+	root.AddCommand(runCommand(), showCommand(), checkCommand(), pathCommand("fail", "take a path out of service"),
+		pathCommand("reinstate", "let a path serve again"), pathCommand("fence", "declare that the path's old session can write no more (its server is off)"), queueCommand(), switchCommand(), resizeCommand(), detachCommand(), reconfigureCommand(), eventsCommand(), manualCommand(), discoverCommand(), wwidCommand(), demoCommand(), drillCommand(), compatCommand(), targetCommand())
+	return root
+}
+
+// prefix names a command in its messages; the program is named anyway.
+func prefix(c *cobra.Command) string {
+	if !c.HasParent() {
+		return ""
+	}
+	return strings.TrimPrefix(c.CommandPath(), c.Root().Name()+" ") + ": "
+}
+
+// complain prints why a command failed.
+func complain(err error) {
+	if logFormat == "json" {
+		slog.New(slog.NewJSONHandler(os.Stderr, nil)).Error(err.Error())
+		return
+	}
+	fmt.Fprintln(os.Stderr, "mpathd:", err)
+}
+
+// group is what a command does that only has commands of its own.
+func group(c *cobra.Command, a []string) error {
+	var names []string
+	for _, sub := range c.Commands() {
+		if sub.IsAvailableCommand() {
+			names = append(names, sub.Name())
+		}
+	}
+	want := strings.Join(names, ", ")
+	if len(a) == 0 {
+		return usageError{fmt.Errorf("%swant one of %s; see %s --help", prefix(c), want, c.CommandPath())}
+	}
+	return usageError{fmt.Errorf("%sunknown command %q: want one of %s", prefix(c), a[0], want)}
+}
+
+// messages go to stderr through it, if logger was called.
+var messages atomic.Pointer[laterWriter]
+
+func logger() *slog.Logger {
+	if messages.Load() == nil {
+		messages.CompareAndSwap(nil, newLaterWriter(os.Stderr))
+	}
+	var h slog.Handler = slog.NewTextHandler(messages.Load(), nil)
+	if logFormat == "json" {
+		h = slog.NewJSONHandler(messages.Load(), nil)
+	}
+	l := slog.New(h)
+	slog.SetDefault(l)
+	slog.SetLogLoggerLevel(slog.LevelDebug) // what libraries print for their own developers
+	return l
 }
 
 // args makes a wrong number of arguments a usage error.
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, a []string) error {
-		if err := check(c, a); err != nil {
-			return usageError{err}
+		if check(c, a) != nil {
+			got := "nothing"
+			if len(a) > 0 {
+				got = strings.Join(a, " ")
+			}
+			return usageError{fmt.Errorf("%sgot %s: want %s", prefix(c), got, strings.TrimSuffix(c.UseLine(), " [flags]"))}
 		}
 		return nil
 	}

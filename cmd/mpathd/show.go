@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,22 +14,26 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/mpathd/mpathd/compat"
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/nbd/attach"
 	"github.com/mpathd/mpathd/paths"
 )
 
-var control string
+// control is --control; MPATHD_CONTROL in the environment is its default.
+var control = cmp.Or(os.Getenv("MPATHD_CONTROL"), defaultControl)
 
 const callTime = 60 * time.Second // a resize asks all paths
 
 func controlFlag(c *cobra.Command) *cobra.Command {
-	c.PersistentFlags().StringVar(&control, "control", defaultControl, "control socket of the daemon")
+	c.PersistentFlags().StringVar(&control, "control", control, "control socket of the daemon")
 	return c
 }
 
@@ -43,6 +49,9 @@ func ask(method, path string, form url.Values, limit time.Duration) (*http.Respo
 	}
 	rq.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	rs, err := client.Do(rq)
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("control socket %s: permission denied: it is the daemon's user's alone: run this as that user, usually root", control)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("control socket %s: no daemon answers: is `mpathd run` up, and is this its --control? (%w)", control, errors.Unwrap(err))
 	}
@@ -74,7 +83,7 @@ func printJSON(v any) error {
 }
 
 func showCommand() *cobra.Command {
-	c := controlFlag(&cobra.Command{Use: "show maps|topology|paths|config|status", Short: "what the daemon has"})
+	c := controlFlag(&cobra.Command{Use: "show maps|topology|paths|config|status", Short: "what the daemon has", Args: cobra.ArbitraryArgs, RunE: group})
 	var asJSON, watch bool
 	c.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.PersistentFlags().BoolVar(&watch, "watch", false, "print again every second, until interrupted")
@@ -106,116 +115,122 @@ func showCommand() *cobra.Command {
 	sub("maps", "one line per map", "/maps", all, func(v any) { printMaps(v.(*daemon.Maps)) })
 	sub("paths", "one line per path", "/maps", all, func(v any) { printPaths(v.(*daemon.Maps)) })
 	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", all, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
-	sub("config", "the configuration in force", "/config", func() any { return &map[string]any{} }, func(v any) { printJSON(v) })
+	sub("config", "the configuration in force", "/config", func() any { return &map[string]any{} }, func(any) { command("show config local") })
 	sub("status", "the daemon itself", "/status", func() any { return &daemon.Status{} }, func(v any) {
 		s := v.(*daemon.Status)
 		fmt.Printf("pid %d, up %v, initiator %s, NBD %s, %d maps, %d paths pending\n", s.PID, time.Duration(s.UptimeSeconds)*time.Second, s.Initiator, s.NBD, s.Maps, s.Pending)
+		for _, alias := range slices.Sorted(maps.Keys(s.Safety)) {
+			x := s.Safety[alias]
+			fmt.Printf("%s: %s\n", alias, safetyText(&x))
+			printUnfenced(os.Stdout, alias, &x)
+		}
 	})
 	return c
 }
 
+// table lays out columns on stdout; nothing is printed before flush. The cells
+// of a tabwriter would each be a system call.
+func table() (w io.Writer, flush func()) {
+	out := bufio.NewWriterSize(os.Stdout, 64<<10)
+	t := tabwriter.NewWriter(out, 0, 8, 2, ' ', 0)
+	return t, func() {
+		t.Flush()
+		out.Flush()
+	}
+}
+
 func printMaps(m *daemon.Maps) {
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+	w, flush := table()
 	fmt.Fprintln(w, "NAME\tSTATE\tSIZE\tPATHS\tACTIVE\tQUEUED\tDEVICE\tWWID")
 	for _, x := range m.Maps {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\n", x.Alias, x.State, size(x.Size), x.Paths.Usable, x.Paths.Total, x.Paths.Active, x.Queued, orDash(x.NBD.Device), x.WWID)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\n", x.Alias, x.State, compat.Size(x.Size), x.Paths.Usable, x.Paths.Total, x.Paths.Active, x.Queued, orDash(x.NBD.Device), x.WWID)
 	}
-	w.Flush()
+	flush()
 	printPending(m)
 }
 
 func printPending(m *daemon.Maps) {
 	for _, x := range m.Maps {
-		printSafety(os.Stdout, &x)
+		printUnfenced(os.Stdout, x.Alias, &x.Safety)
 	}
 	for _, p := range m.Pending {
 		fmt.Printf("pending: %s: %s\n", p.URL, p.Cause)
 	}
 }
 
-// printSafety is silent while nothing is at risk.
-func printSafety(w io.Writer, x *paths.MapStatus) {
-	for _, u := range x.Safety.Unfenced {
+// safetyText sums up what happened to late writes since start.
+func safetyText(s *paths.Safety) string {
+	t := "ghost_protection " + s.Mode
+	if s.WriteThrough {
+		t += ", writes with FUA"
+	}
+	t += fmt.Sprintf(", %d writes were ambiguous, %d requests waited for %v (longest %v), %d wait now", s.Ambiguous, s.Holds-int64(s.Held),
+		time.Duration(s.HoldMS)*time.Millisecond, time.Duration(s.LongestHoldMS)*time.Millisecond, s.Held)
+	if s.Lost {
+		t += ", ACKNOWLEDGED WRITES LOST: flushes fail"
+	}
+	if s.ShadowBytes > 0 || s.Repairs > 0 {
+		t += fmt.Sprintf(", %s in memory, %d blocks repaired", compat.Size(s.ShadowBytes), s.Repairs)
+	}
+	fences := "none"
+	if len(s.Fences) > 0 {
+		fences = ""
+		for _, how := range paths.FenceKinds {
+			if n := s.Fences[how]; n > 0 {
+				fences += fmt.Sprintf(" %d %s", n, how)
+			}
+		}
+	}
+	t += "; fences: " + strings.TrimSpace(fences)
+	if len(s.FencesBy) > 0 {
+		means := []string{}
+		for _, by := range slices.Sorted(maps.Keys(s.FencesBy)) {
+			means = append(means, fmt.Sprintf("%d %s", s.FencesBy[by], by))
+		}
+		t += ", by " + strings.Join(means, ", ")
+	}
+	if s.FencesLate > 0 {
+		t += fmt.Sprintf("; %d took longer than fence_wait", s.FencesLate)
+	}
+	return t
+}
+
+// printUnfenced is silent while nothing is at risk.
+func printUnfenced(w io.Writer, alias string, s *paths.Safety) {
+	for _, u := range s.Unfenced {
 		risk := fmt.Sprintf("%d writes (%d blocks)", u.Writes, u.Blocks)
 		if u.Whole {
 			risk = "any write of the run before"
 		}
-		fmt.Fprintf(w, "%s: the old session of path %s may still execute %s, for %v; %d requests wait for its fence\n",
-			x.Alias, u.Path, risk, time.Duration(u.ForMS)*time.Millisecond, x.Safety.Held)
+		waits := fmt.Sprintf("%d requests wait for its fence", s.Held)
+		if u.Hopeless {
+			waits = "what overlaps that fails"
+		}
+		fmt.Fprintf(w, "%s: the old session of path %s may still execute %s, for %v; %s\n", alias, u.Path, risk, time.Duration(u.ForMS)*time.Millisecond, waits)
 	}
 }
 
 func printPaths(m *daemon.Maps) {
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "PATH\tMAP\tSTATE\tSERVING\tCHECKER\tIOS\tERRORS\tFAILURES\tP50\tP99\tLAST ERROR")
+	w, flush := table()
+	fmt.Fprintln(w, "PATH\tMAP\tSTATE\tSERVING\tCHECKER\tIOS\tERRORS\tFAILURES\tP50\tP99\tFENCE\tLAST ERROR")
 	for _, x := range m.Maps {
 		for _, g := range x.Groups {
 			for _, p := range g.Paths {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, p.LastError)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, orDash(string(p.Trust)), p.LastError)
 			}
 		}
 	}
-	w.Flush()
+	flush()
 	printPending(m)
 }
 
-// printTopology draws as multipath -ll does (libmultipath/print.c).
+// printTopology draws as multipath -ll does, with colours on a terminal.
 func printTopology(w io.Writer, m *daemon.Maps) {
-	for _, x := range m.Maps {
-		name := x.Alias
-		if x.Alias != x.WWID {
-			name += " (" + x.WWID + ")"
-		}
-		device := strings.TrimPrefix(x.NBD.Device, "/dev/")
-		if device == "" {
-			device = "-"
-		}
-		features, wp := "0", "rw"
-		if x.Queueing {
-			features = "1 queue_if_no_path"
-		}
-		if x.ReadOnly {
-			wp = "ro"
-		}
-		fmt.Fprintf(w, "%s %s %s,%s\nsize=%s features='%s' hwhandler='0' wp=%s\n", name, device, x.Vendor, x.Product, size(x.Size), features, wp)
-		for i, g := range x.Groups {
-			lead, bar := "|-+- ", "| "
-			if i == len(x.Groups)-1 {
-				lead, bar = "`-+- ", "  "
-			}
-			fmt.Fprintf(w, "%spolicy='%s' prio=%d status=%s\n", lead, g.Selector, g.Prio, g.State)
-			for j, p := range g.Paths {
-				glyph := "|- "
-				if j == len(g.Paths)-1 {
-					glyph = "`- "
-				}
-				dm, chk := "failed", "faulty"
-				switch p.State {
-				case "up", "suspect":
-					dm, chk = "active", "ready"
-				case "ghost":
-					dm, chk = "active", "ghost"
-				}
-				fmt.Fprintf(w, "%s%s%s %s %s %s running\n", bar, glyph, p.Name, p.Target, dm, chk)
-			}
-		}
-	}
+	tty := terminal()
+	fmt.Fprint(w, compat.Topology(viewOf(m), "", compat.TopologyStyle{Bold: tty, Colours: tty}))
 	for _, p := range m.Pending {
 		fmt.Fprintf(w, "pending: %s: %s\n", p.URL, p.Cause)
 	}
-}
-
-// size prints bytes as multipath does: one decimal below 10, else none.
-func size(n int64) string {
-	v, unit := float64(n)/1024, 0
-	for v >= 1024 && unit < 4 {
-		v /= 1024
-		unit++
-	}
-	if v < 10 {
-		return fmt.Sprintf("%.1f%c", v, "KMGTP"[unit])
-	}
-	return fmt.Sprintf("%.0f%c", v, "KMGTP"[unit])
 }
 
 func orDash(s string) string {
@@ -234,6 +249,9 @@ func pathCommand(verb, short string) *cobra.Command {
 func switchCommand() *cobra.Command {
 	return controlFlag(&cobra.Command{Use: "switch MAP GROUP", Short: "use a path group (1 is the first of show topology) until it fails; 0 follows the policy again",
 		Args: args(cobra.ExactArgs(2)), RunE: func(_ *cobra.Command, a []string) error {
+			if n, err := strconv.Atoi(a[1]); err != nil || n < 0 {
+				return usageError{fmt.Errorf("switch: group %q: want its number in `mpathd show topology`, counted from 1, or 0 for the policy's choice", a[1])}
+			}
 			return call("POST", "/switch", url.Values{"map": a[:1], "group": a[1:]}, nil)
 		}})
 }
@@ -244,9 +262,43 @@ func resizeCommand() *cobra.Command {
 		if ok, _ := cmd.Flags().GetBool("force"); ok {
 			force = "yes"
 		}
-		return call("POST", "/resize", url.Values{"map": a, "force": {force}}, nil)
+		rs, err := ask("POST", "/resize", url.Values{"map": a, "force": {force}}, callTime)
+		if err != nil {
+			return err
+		}
+		defer rs.Body.Close()
+		_, err = io.Copy(os.Stderr, rs.Body)
+		return err
 	}})
 	c.Flags().Bool("force", false, "also a smaller one: what is beyond the new end is lost")
+	return c
+}
+
+func detachCommand() *cobra.Command {
+	c := controlFlag(&cobra.Command{Use: "detach MAP|/dev/nbdX", Short: "take a map's kernel device away, also one that a dead daemon left", Args: args(cobra.ExactArgs(1)), RunE: func(cmd *cobra.Command, a []string) error {
+		force, _ := cmd.Flags().GetBool("force")
+		v := url.Values{"map": a}
+		if force {
+			v.Set("force", "yes")
+		}
+		err := call("POST", "/detach", v, nil)
+		if err == nil || !strings.HasPrefix(a[0], "/dev/nbd") {
+			return err
+		}
+		if c, e := net.Dial("unix", control); e == nil { // a daemon runs, and it has said no
+			c.Close()
+			return err
+		}
+		dev, err := attach.Open(a[0])
+		if err != nil {
+			return err
+		}
+		if who := dev.InUse(); who != "" && !force {
+			return fmt.Errorf("%s: %s: end that first, or use --force, which gives it I/O errors", a[0], who)
+		}
+		return dev.Disconnect()
+	}})
+	c.Flags().Bool("force", false, "also a device in use: its users get I/O errors")
 	return c
 }
 

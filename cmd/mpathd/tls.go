@@ -4,11 +4,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
-	"net/netip"
 	"os"
 	"strings"
 
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/nbd"
 )
 
 // tlsFiles is what the NBD server needs for TLS, and who may come at all.
@@ -20,14 +20,20 @@ type tlsFiles struct {
 
 func (t *tlsFiles) apply(o *daemon.Options) error {
 	for _, a := range t.Allow {
-		p, err := netip.ParsePrefix(a)
-		if ip, e := netip.ParseAddr(a); err != nil && e == nil {
-			p, err = ip.Prefix(ip.BitLen())
-		}
+		p, err := nbd.ParsePrefix(a)
 		if err != nil {
-			return usageError{fmt.Errorf("NBD clients allowed from %q: want an address or a network like 10.0.0.0/8", a)}
+			return usageError{err}
 		}
-		o.Allow = append(o.Allow, p.Masked())
+		o.Access.Allow = append(o.Access.Allow, p)
+	}
+	if t.Cert != "" {
+		o.Access.TLS = nbd.TLSRequired
+		if t.Optional {
+			o.Access.TLS = nbd.TLSOptional
+		}
+	}
+	if _, err := nbd.ParseListeners(o.NBD, o.Access); err != nil {
+		return usageError{fmt.Errorf("--nbd: %w", err)}
 	}
 	if t.Cert == "" && t.Key == "" && t.CA == "" {
 		return nil
@@ -47,7 +53,6 @@ func (t *tlsFiles) apply(o *daemon.Options) error {
 		return fmt.Errorf("TLS certificate %s: %w", t.Cert, err)
 	}
 	o.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}
-	o.TLSRequired = !t.Optional
 	if t.CA != "" {
 		b, err := os.ReadFile(t.CA)
 		if err != nil {

@@ -68,7 +68,9 @@ const (
 	TMFComplete     uint8 = 0
 	TMFNoTask       uint8 = 1
 	TMFNoLUN        uint8 = 2
+	TMFAllegiant    uint8 = 3
 	TMFNotSupported uint8 = 5
+	TMFNotAllowed   uint8 = 6
 	TMFRejected     uint8 = 255
 )
 
@@ -79,6 +81,7 @@ const (
 	AsyncDropConnection uint8 = 2
 	AsyncDropSession    uint8 = 3
 	AsyncRenegotiate    uint8 = 4
+	AsyncTasksEnd       uint8 = 5 // all tasks of a LUN are being terminated
 )
 
 // Reject reasons (RFC 7143 11.17.1).
@@ -89,6 +92,7 @@ const (
 	RejectNotSupported   uint8 = 0x05
 	RejectTooManyImm     uint8 = 0x06
 	RejectTaskInProgress uint8 = 0x07
+	RejectInvalidDataAck uint8 = 0x08
 	RejectInvalidField   uint8 = 0x09
 	RejectResources      uint8 = 0x0a
 	RejectWaitLogout     uint8 = 0x0c
@@ -142,6 +146,9 @@ func (h *Header) ISID() (i [6]byte)                  { copy(i[:], h[8:14]); retu
 func (h *Header) SetISID(i [6]byte)                  { copy(h[8:14], i[:]) }
 func (h *Header) TSIH() uint16                       { return binary.BigEndian.Uint16(h[14:]) }
 func (h *Header) SetTSIH(v uint16)                   { binary.BigEndian.PutUint16(h[14:], v) }
+func (h *Header) Event() uint8                       { return h[36] } // Async Message
+func (h *Header) EventParams() (p1, p2, p3 uint16)   { return h.U16(38), h.U16(40), h.U16(42) }
+func (h *Header) Time2Wait() uint16                  { return h.U16(40) } // Logout Response, seconds
 func (h *Header) LoginStatus() (class, detail uint8) { return h[36], h[37] }
 func (h *Header) SetLoginStatus(class, detail uint8) { h[36], h[37] = class, detail }
 func (h *Header) CSG() uint8                         { return h[1] >> 2 & 3 } // login

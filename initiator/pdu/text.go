@@ -27,11 +27,16 @@ func AppendKey(b []byte, name, value string) []byte {
 	return append(b, 0)
 }
 
-// ParseKeys splits a joined text data segment into its pairs, in order.
-// Duplicate names are kept, since SendTargets repeats them.
-func ParseKeys(data []byte) ([]Key, error) {
+// ParseKeys splits the joined text of a negotiation into its pairs, in order.
+// Duplicate names are kept. NULs that follow a pair are padding; text of
+// nothing else is an error.
+func ParseKeys(data []byte) ([]Key, error) { return ParseList(data, MaxTextLen, maxKeys) }
+
+// ParseList is ParseKeys with limits of the caller's: SendTargets may bring far
+// more than a negotiation does.
+func ParseList(data []byte, maxLen, maxKeys int) ([]Key, error) {
 	var keys []Key
-	if len(data) > MaxTextLen {
+	if len(data) > maxLen {
 		return nil, fmt.Errorf("%w: %d bytes", errText, len(data))
 	}
 	for len(data) > 0 {
@@ -41,12 +46,18 @@ func ParseKeys(data []byte) ([]Key, error) {
 		}
 		item := data[:end]
 		data = data[end+1:]
-		if len(item) == 0 { // padding between or behind pairs
+		if len(item) == 0 {
+			if len(keys) == 0 {
+				return nil, fmt.Errorf("%w: begins with NUL", errText)
+			}
 			continue
 		}
 		eq := bytes.IndexByte(item, '=')
 		if eq <= 0 || eq > maxKeyName {
 			return nil, fmt.Errorf("%w: no key name", errText)
+		}
+		if item[0] < 'A' || item[0] > 'Z' {
+			return nil, fmt.Errorf("%w: key name begins with byte %#02x", errText, item[0])
 		}
 		for _, c := range item[:eq] {
 			if !keyChar(c) {

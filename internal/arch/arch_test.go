@@ -12,9 +12,9 @@ const module = "github.com/mpathd/mpathd/"
 // floor of each package; a package imports only what is on a lower floor, or
 // a named neighbour.
 var floors = map[string]int{
-	"cmd/mpathd": 50, "drill": 42, "daemon": 41, "paths": 30, "config": 25, "checker": 25, "initiator": 20, "nbd/client": 21, "nbd/attach": 21, "nbd": 20, "selector": 20, "selector/prio": 25,
-	"block": 10, "scsi": 0, "initiator/pdu": 0, "nbd/proto": 0, "internal/sys": 0, "internal/target": 19, "internal/faultnet": 19,
-	"internal/e2e": 60, "internal/lab": 60, "internal/lab/gonbd": 60, "internal/arch": 60, "bench": 55,
+	"cmd/mpathd": 50, "drill": 42, "daemon": 41, "paths": 30, "config": 28, "checker": 25, "initiator": 20, "initiator/kernel": 21, "nbd/client": 21, "nbd/attach": 21, "nbd": 20, "selector": 20, "selector/prio": 25,
+	"block": 10, "scsi": 0, "initiator/pdu": 0, "nbd/proto": 0, "internal/sys": 0, "internal/links": 0, "internal/coalesce": 0, "internal/target": 19, "internal/faultnet": 19,
+	"internal/e2e": 60, "internal/interop": 60, "internal/realtarget": 55, "internal/lab": 60, "internal/lab/gonbd": 60, "internal/arch": 60, "internal/simulate": 60, "compat": 32, "bench": 55, "bench/proc": 0, "bench/scale": 55,
 }
 
 func TestImportsGoDown(t *testing.T) {

@@ -86,7 +86,7 @@ func TestReferenceSetup(t *testing.T) {
 	require.Equal(t, append(fill(4096, 'a'), fill(4096, 'b')...), got)
 	out, err := exec.Command(binary, "show", "config", "--control", control).Output()
 	require.NoError(t, err)
-	require.Contains(t, string(out), `"alias": "xensan"`)
+	require.Contains(t, string(out), `alias "xensan"`)
 }
 
 func TestCheckCommand(t *testing.T) {
@@ -136,6 +136,6 @@ func TestSecretFilesMustBePrivate(t *testing.T) {
 	defer done.Stop()
 	out, _ := cmd.CombinedOutput()
 	require.Equal(t, 1, cmd.ProcessState.ExitCode())
-	require.Contains(t, string(out), "lets others read it: chmod 600")
+	require.Contains(t, string(out), "lets others at it: chmod 600")
 	require.NotContains(t, string(out), "topsecretword")
 }

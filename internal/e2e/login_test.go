@@ -11,19 +11,19 @@ import (
 	"testing"
 	"time"
 
-	"github.com/stretchr/testify/require"
-
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/internal/realtarget"
 	"github.com/mpathd/mpathd/scsi"
+	"github.com/stretchr/testify/require"
 )
 
 // lone is one tgtd with one unit and no daemon.
 func lone(t *testing.T) (*tgtd, initiator.Config) {
-	need(t, "tgtd", "tgtadm")
+	realtarget.Need(t, "tgtd", "tgtadm")
 	image := filepath.Join(t.TempDir(), "image")
 	require.NoError(t, os.WriteFile(image, nil, 0o600))
 	require.NoError(t, os.Truncate(image, 64<<20))
-	port := freePort(t)
+	port := realtarget.FreePort(t)
 	d := &tgtd{t: t, control: 1000 + port%20000, port: port, image: image, iqn: "iqn.2009-01.nl.pref:storage.lone"}
 	d.start()
 	t.Cleanup(d.kill)
@@ -87,8 +87,9 @@ func TestDigestsAgainstTgtd(t *testing.T) {
 	for _, k := range []string{"HeaderDigest", "DataDigest"} {
 		d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", k, "-v", "CRC32C,None")
 	}
+	policy := map[bool]initiator.Digest{false: initiator.DigestNone, true: initiator.DigestRequired}
 	for _, digests := range [][2]bool{{true, false}, {false, true}, {true, true}} {
-		c.HeaderDigest, c.DataDigest = digests[0], digests[1]
+		c.HeaderDigest, c.DataDigest = policy[digests[0]], policy[digests[1]]
 		s, err := initiator.Open(context.Background(), c)
 		require.NoError(t, err)
 		p := s.Negotiated()
@@ -102,7 +103,7 @@ func TestDigestsAgainstTgtd(t *testing.T) {
 		<-s.Done()
 	}
 	d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", "HeaderDigest", "-v", "None")
-	c.HeaderDigest, c.DataDigest = true, false
+	c.HeaderDigest, c.DataDigest = initiator.DigestRequired, initiator.DigestNone
 	require.ErrorContains(t, login(c), "does not do CRC32C as HeaderDigest")
 }
 

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,19 +14,8 @@ import (
 
 	"github.com/mpathd/mpathd/daemon"
 	"github.com/mpathd/mpathd/internal/faultnet"
+	"github.com/mpathd/mpathd/internal/realtarget"
 )
-
-func need(t *testing.T, tools ...string) {
-	t.Helper()
-	for _, tool := range tools {
-		if _, err := exec.LookPath(tool); err != nil {
-			if os.Getenv("CI") == "true" {
-				t.Fatalf("%s is missing: run `make deps`", tool)
-			}
-			t.Skipf("%s is missing: run `make deps`", tool)
-		}
-	}
-}
 
 // tgtd is one target daemon that exports an image with a fixed identity.
 type tgtd struct {
@@ -38,16 +26,8 @@ type tgtd struct {
 	iqn     string
 	cmd     *exec.Cmd
 	env     []string
-}
-
-func freePort(t *testing.T) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	params  string
+	block   int // logical block in bytes; 0: tgtd's default
 }
 
 func (d *tgtd) adm(args ...string) {
@@ -62,6 +42,7 @@ func (d *tgtd) start() {
 	d.t.Helper()
 	d.cmd = exec.Command("tgtd", "-f", "-C", fmt.Sprint(d.control), "--iscsi", fmt.Sprintf("portal=127.0.0.1:%d", d.port))
 	d.cmd.Env = append(os.Environ(), d.env...)
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // tgtd does not hear SIGTERM
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
 	}
@@ -74,9 +55,13 @@ func (d *tgtd) start() {
 		}
 	}
 	d.adm("--op", "new", "--mode", "target", "--tid", "1", "-T", d.iqn)
-	d.adm("--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", d.image)
+	lu := []string{"--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", d.image}
+	if d.block != 0 {
+		lu = append(lu, "--blocksize", fmt.Sprint(d.block))
+	}
+	d.adm(lu...)
 	d.adm("--op", "update", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "--params",
-		"scsi_id=149455403f160c00,scsi_sn=149455403f160c00,vendor_id=IET,product_id=VIRTUAL-DISK")
+		"scsi_id=149455403f160c00,scsi_sn=149455403f160c00,vendor_id=IET,product_id=VIRTUAL-DISK"+d.params)
 	d.adm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
 }
 
@@ -91,6 +76,9 @@ func (d *tgtd) url(address string) string { return "iscsi://" + address + "/" + 
 var binary string
 
 func TestMain(m *testing.M) {
+	if binary = os.Getenv("MPATHD"); binary != "" { // in the lab's machine, where there is no compiler
+		os.Exit(m.Run())
+	}
 	dir, err := os.MkdirTemp("", "mpathd-e2e-")
 	if err != nil {
 		panic(err)
@@ -111,6 +99,7 @@ type stack struct {
 	targets [2]*tgtd
 	proxies [2]*faultnet.Proxy
 	control string
+	sock    string // of NBD
 	uri     string
 	cmd     *exec.Cmd
 	log     bytes.Buffer
@@ -118,7 +107,14 @@ type stack struct {
 
 func newStack(t *testing.T) *stack {
 	t.Helper()
-	need(t, "tgtd", "tgtadm")
+	return newStackWith(t, "")
+}
+
+// newStackWith is newStack with more parameters of tgtd's unit, and more
+// arguments of mpathd.
+func newStackWith(t *testing.T, params string, more ...string) *stack {
+	t.Helper()
+	realtarget.Need(t, "tgtd", "tgtadm")
 	dir := t.TempDir()
 	image := filepath.Join(dir, "image")
 	f, err := os.Create(image)
@@ -129,14 +125,15 @@ func newStack(t *testing.T) *stack {
 		t.Fatal(err)
 	}
 	f.Close()
-	s := &stack{t: t, control: filepath.Join(dir, "control.sock")}
 	sock := filepath.Join(dir, "nbd.sock")
+	s := &stack{t: t, control: filepath.Join(dir, "control.sock"), sock: sock}
 	s.uri = "nbd+unix:///xensan?socket=" + sock
 	args := []string{"run", "--attach", "none", "--control", s.control, "--nbd", "unix:" + sock, "--alias", "xensan",
-		"--initiator", "iqn.2006-07.com.example.intra:hannibal", "--polling-interval", "1s"}
+		"--initiator", "iqn.2006-07.com.example.intra:hannibal", "--polling-interval", "1s", "--failback", "immediate"}
+	args = append(args, more...)
 	for i := range s.targets {
-		port := freePort(t)
-		d := &tgtd{t: t, control: 1000 + port%20000 + i, port: port, image: image, iqn: fmt.Sprintf("iqn.2009-01.nl.pref:storage.xensan%d", i+1)}
+		port := realtarget.FreePort(t)
+		d := &tgtd{t: t, control: 1000 + port%20000 + i, port: port, image: image, iqn: fmt.Sprintf("iqn.2009-01.nl.pref:storage.xensan%d", i+1), params: params}
 		d.start()
 		t.Cleanup(d.kill)
 		p, err := faultnet.New("127.0.0.1:0", fmt.Sprintf("127.0.0.1:%d", port))
@@ -195,7 +192,7 @@ const wantWWID = "36000000000000000149455403f160c00"
 // TestVerifiedWritesSurvive cuts the serving path in every way while fio
 // writes and verifies: no error, no mismatch, and the path serves again.
 func TestVerifiedWritesSurvive(t *testing.T) {
-	need(t, "fio")
+	realtarget.Need(t, "fio")
 	for _, c := range []struct {
 		name      string
 		cut, mend func(s *stack)
@@ -259,7 +256,7 @@ func TestVerifiedWritesSurvive(t *testing.T) {
 
 // TestClients runs clients nobody here wrote against the export.
 func TestClients(t *testing.T) {
-	need(t, "nbdinfo", "nbdcopy", "qemu-io", "qemu-img")
+	realtarget.Need(t, "nbdinfo", "nbdcopy", "qemu-io", "qemu-img")
 	s := newStack(t)
 	run := func(name string, args ...string) string {
 		t.Helper()
@@ -327,7 +324,7 @@ func TestRefusals(t *testing.T) {
 		{[]string{"run", "--config", "/dev/null/x"}, 1, "configuration /dev/null/x"},
 		{[]string{"run", "--no-path-retry", "x", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "want queue, fail or a number"},
 		{[]string{"show", "maps", "--control", "/nonexistent/c.sock"}, 1, "is `mpathd run` up"},
-		{[]string{"wwid", fmt.Sprintf("iscsi://127.0.0.1:%d/iqn.a:b/0", freePort(t))}, 1, "connection refused"},
+		{[]string{"wwid", fmt.Sprintf("iscsi://127.0.0.1:%d/iqn.a:b/0", realtarget.FreePort(t))}, 1, "connection refused"},
 	} {
 		out, code := run(c.args...)
 		if code != c.code || !strings.Contains(out, c.want) || strings.Count(out, "\n") > 2 {

@@ -10,16 +10,16 @@ import (
 	"testing"
 	"time"
 
-	"github.com/stretchr/testify/require"
-
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/internal/realtarget"
+	"github.com/stretchr/testify/require"
 )
 
 // TestVerbsOfARunningDaemon drives a daemon with a configuration by its
 // commands: switch, reconfigure, resize, events, queue.
 func TestVerbsOfARunningDaemon(t *testing.T) {
 	dir := t.TempDir()
-	ports := [2]int{freePort(t), freePort(t)}
+	ports := [2]int{realtarget.FreePort(t), realtarget.FreePort(t)}
 	iqn := "iqn.2026-01.io.mpathd:verbs"
 	tg := exec.Command(binary, "target", "-size", "64M", "-target", iqn, "-portal", fmt.Sprintf("127.0.0.1:%d,127.0.0.1:%d", ports[0], ports[1]))
 	require.NoError(t, tg.Start())
@@ -63,7 +63,7 @@ func TestVerbsOfARunningDaemon(t *testing.T) {
 	write("failover", "")
 	require.NoError(t, d.Process.Signal(syscall.SIGHUP))
 	s.await("two groups again", func(m daemon.Maps) bool { return m.Maps[0].Paths.Active == 1 })
-	run(1, "nothing to do", "resize", name)
+	run(0, "nothing to do", "resize", name)
 	run(1, "no map", "queue", "nothing", "on")
 	run(0, "", "queue", name, "off")
 	ev := exec.Command(binary, "events", "--past", "--control", control)

@@ -18,6 +18,7 @@ type Late struct {
 	silent bool   // nothing passes to the initiator
 	from   Silent // what is held on its way to the target
 	links  map[*lateLink]bool
+	isids  map[[6]byte]bool // of logins since ISIDs was asked
 	closed bool
 }
 
@@ -39,7 +40,8 @@ type lateLink struct {
 	down, up *net.TCPConn
 	held     []byte
 	f        framer
-	data     bool // a Data-Out PDU began
+	data     bool   // a Data-Out PDU began
+	first    []byte // the beginning of the first PDU
 }
 
 // NewLate listens on a free port of 127.0.0.1 and forwards to upstream.
@@ -48,7 +50,7 @@ func NewLate(upstream string) (*Late, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Late{upstream: upstream, ln: ln, links: map[*lateLink]bool{}}
+	p := &Late{upstream: upstream, ln: ln, links: map[*lateLink]bool{}, isids: map[[6]byte]bool{}}
 	p.all.Go(p.accept)
 	return p, nil
 }
@@ -104,6 +106,7 @@ func (l *lateLink) toTarget() {
 		n, err := l.down.Read(buf)
 		l.p.mu.Lock()
 		silent := l.p.silent
+		l.identify(buf[:n])
 		if pass := l.split(buf[:n]); pass > 0 {
 			l.up.Write(buf[:pass])
 		}
@@ -114,6 +117,17 @@ func (l *lateLink) toTarget() {
 			}
 			return
 		}
+	}
+}
+
+// identify notes the ISID of the first PDU, a Login Request (RFC 7143 11.12).
+func (l *lateLink) identify(b []byte) {
+	const end = 14
+	if len(l.first) == end {
+		return
+	}
+	if l.first = append(l.first, b[:min(len(b), end-len(l.first))]...); len(l.first) == end {
+		l.p.isids[[6]byte(l.first[8:])] = true
 	}
 }
 
@@ -152,6 +166,15 @@ func (l *lateLink) toInitiator() {
 			return
 		}
 	}
+}
+
+// ISIDs are those of the logins since the last call.
+func (p *Late) ISIDs() map[[6]byte]bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	was := p.isids
+	p.isids = map[[6]byte]bool{}
+	return was
 }
 
 // Silence begins to hold bytes back.

@@ -26,6 +26,8 @@ type link struct {
 	mu     sync.Mutex
 	ends   [2]*net.TCPConn // 0: the initiator's, 1: the target's; set under mu
 	lost   atomic.Bool     // bytes were swallowed
+	spoken atomic.Bool     // the initiator has, since it last heard from the target
+	turns  atomic.Int64    // times that it began to speak
 	once   sync.Once
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -157,6 +159,9 @@ func (l *link) read(d Direction, ch chan<- piece, free chan []byte) {
 		}
 		n, err := src.Read(buf)
 		l.p.bytes[d].Add(uint64(n))
+		if d == ToTarget && n > 0 && !l.spoken.Swap(true) {
+			l.turns.Add(1)
+		}
 		if n > 0 {
 			select {
 			case ch <- piece{b: buf[:n], read: time.Now()}:
@@ -206,7 +211,10 @@ func (l *link) write(d Direction, ch <-chan piece, free chan<- []byte) {
 		if then == ThenBlackhole && cut {
 			l.lost.Store(l.lost.Load() || n < len(pc.b))
 		}
-		if _, err := dst.Write(pc.b[:n]); err != nil {
+		if d == ToInitiator && n > 0 {
+			l.spoken.Store(false)
+		}
+		if err := l.pass(dst, pc.b[:n]); err != nil {
 			// Close both sides, unless nothing may be seen of it.
 			if swallow, _ := l.passing(d); !swallow {
 				l.close(errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE))
@@ -231,6 +239,26 @@ func (l *link) write(d Direction, ch <-chan piece, free chan<- []byte) {
 	if swallow, ok := l.passing(d); ok && swallow {
 		<-l.ctx.Done()
 	}
+}
+
+// pass hands b on, byte by byte while Trickle is on.
+func (l *link) pass(dst *net.TCPConn, b []byte) error {
+	for len(b) > 0 {
+		n, gap := len(b), time.Duration(l.p.gap.Load())
+		if gap > 0 {
+			n = 1
+			select {
+			case <-time.After(gap):
+			case <-l.ctx.Done():
+				return net.ErrClosed
+			}
+		}
+		if _, err := dst.Write(b[:n]); err != nil {
+			return err
+		}
+		b = b[n:]
+	}
+	return nil
 }
 
 // hold waits until Delay allows a piece read at t to go on.

@@ -57,11 +57,13 @@ type Proxy struct {
 
 	bytes, pdus [2]atomic.Uint64
 	delay       atomic.Int64
+	gap         atomic.Int64
 
 	mu      sync.Mutex
 	changed *sync.Cond // stalled, hole or closed changed
 	ln      net.Listener
 	links   map[*link]struct{}
+	last    *link // accepted last
 	stalled [2]bool
 	hole    bool
 	closed  bool
@@ -110,6 +112,19 @@ func (p *Proxy) Connections() int {
 	return len(p.links)
 }
 
+// RoundTrips is how many times the initiator waited for an answer before it spoke
+// again, its first words included, on the connection that was accepted last. The
+// figure does not depend on time if Delay keeps answers back for longer than it
+// takes to send what goes together.
+func (p *Proxy) RoundTrips() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.last == nil {
+		return 0
+	}
+	return int(p.last.turns.Load())
+}
+
 // Reset sends RST to both sides of every connection. New ones are accepted.
 func (p *Proxy) Reset() {
 	for _, l := range p.list() {
@@ -127,6 +142,9 @@ func (p *Proxy) Stall(d Direction) { p.set(func() { p.stalled[d] = true }) }
 
 // Delay holds every byte back for d, in both directions.
 func (p *Proxy) Delay(d time.Duration) { p.delay.Store(int64(d)) }
+
+// Trickle lets one byte at a time through, gap apart, in each direction.
+func (p *Proxy) Trickle(gap time.Duration) { p.gap.Store(int64(gap)) }
 
 // Refuse makes new connections fail with ECONNREFUSED. Old ones stay.
 func (p *Proxy) Refuse() {
@@ -159,6 +177,7 @@ func (p *Proxy) Arm(c Cut) { p.set(func() { p.cut = &c }) }
 // streams have holes; the others go on.
 func (p *Proxy) Heal() error {
 	p.delay.Store(0)
+	p.gap.Store(0)
 	p.set(func() {
 		p.hole, p.stalled, p.cut, p.corrupt = false, [2]bool{}, nil, [2]int{-1, -1}
 		for l := range p.links {
@@ -218,7 +237,7 @@ func (p *Proxy) accept(ln net.Listener) {
 		p.mu.Lock()
 		ok := !p.closed
 		if ok {
-			p.links[l] = struct{}{}
+			p.links[l], p.last = struct{}{}, l
 			p.dialing.Add(1)
 		}
 		p.mu.Unlock()

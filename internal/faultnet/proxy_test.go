@@ -243,3 +243,25 @@ func TestCuts(t *testing.T) {
 		reset(t, c, 0)
 	})
 }
+
+func TestTrickle(t *testing.T) {
+	p := newProxy(t)
+	c := dial(t, p)
+	p.Trickle(2 * time.Millisecond)
+	began := time.Now()
+	want := bytes.Repeat([]byte("drop"), 50)
+	if _, err := c.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(want))
+	n, err := c.Read(got)
+	if err != nil || n > len(want)/2 {
+		t.Fatalf("%d bytes at once, %v", n, err)
+	}
+	if _, err := io.ReadFull(c, got[n:]); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%q, %v", got, err)
+	}
+	if took := time.Since(began); took < 200*2*time.Millisecond {
+		t.Errorf("200 bytes took %v", took)
+	}
+}

@@ -1,3 +1,3 @@
 // Package lab runs mpathd under real kernels in an emulator: LIO, the kernel's
-// NBD client, ext4 and nft. boot.sh boots, failover.sh is what runs inside.
+// NBD client, ext4 and nft. boot.sh boots, failover.sh and kernel.sh are what runs inside.
 package lab

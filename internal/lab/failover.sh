@@ -4,26 +4,7 @@
 # ext4 file system while nft cuts one path. The exit code goes to /run/rc.
 set -u
 MPATHD=${MPATHD:?} GONBD=${GONBD:?}
-say() { echo "lab: $*"; }
-finish() { say "$2"; echo "$1" > /run/rc; dmesg | grep -iE 'I/O error|EXT4-fs error|blocked for' | head -5; [ "$1" = 0 ] || { tail -20 /run/mpathd.log; dmesg | tail -20; }; exit "$1"; }
-
-modprobe -a nbd target_core_mod target_core_file iscsi_target_mod nf_tables nft_reject nft_ct ext4 2>/dev/null || modprobe -a nbd target_core_mod target_core_file iscsi_target_mod
-ip link set lo up; ip addr add 127.0.0.2/8 dev lo 2>/dev/null
-mount -t configfs none /sys/kernel/config 2>/dev/null
-T=/sys/kernel/config/target
-truncate -s 512M /run/lio.img
-mkdir -p $T/core/fileio_0/disk
-echo "fd_dev_name=/run/lio.img,fd_dev_size=$((512*1024*1024))" > $T/core/fileio_0/disk/control
-echo 0123456789abcdef > $T/core/fileio_0/disk/wwn/vpd_unit_serial
-echo 1 > $T/core/fileio_0/disk/enable
-mkdir -p $T/iscsi
-for i in 1 2; do
-	P=$T/iscsi/iqn.2026-11.example:lab$i/tpgt_1
-	mkdir -p "$P/lun/lun_0" "$P/np/127.0.0.$i:3260"
-	ln -s $T/core/fileio_0/disk "$P/lun/lun_0/link"
-	for kv in authentication=0 demo_mode_write_protect=0 generate_node_acls=1 cache_dynamic_acls=1; do echo "${kv#*=}" > "$P/attrib/${kv%=*}"; done
-	echo 1 > "$P/enable"
-done
+. "$(dirname "$0")/lio.sh"
 $MPATHD discover 127.0.0.1 || finish 1 "discovery failed"
 start() {
 	$MPATHD run --control /run/c.sock --nbd unix:/run/n.sock --alias lab --attach /dev/nbd0 --initiator iqn.2026-11.example:host \
@@ -39,15 +20,11 @@ mkfs.ext4 -q /dev/nbd0 && mkdir -p /run/mnt && mount /dev/nbd0 /run/mnt || finis
 fio --name=v --directory=/run/mnt --rw=randwrite --bs=4k-64k --size=96m --ioengine=psync --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --rate=6m > /run/fio.log 2>&1 &
 FIO=$!
 sleep 4
-nft add table ip lab; nft add chain ip lab in '{ type filter hook input priority 0; }'
-nft add rule ip lab in ip daddr 127.0.0.1 tcp dport 3260 drop
-nft add rule ip lab in ip saddr 127.0.0.1 tcp sport 3260 drop
-say "first path cut"
+cut_path 1
 sleep 6
 $MPATHD show paths --control /run/c.sock
 $MPATHD show maps --control /run/c.sock | grep -q ' 1/2 ' || finish 1 "the cut was not noticed"
-nft delete table ip lab
-say "first path mended"
+mend_path 1
 wait $FIO || { cat /run/fio.log; finish 1 "fio failed"; }
 grep -E 'lat.*max|err=' /run/fio.log
 for _ in $(seq 200); do $MPATHD show maps --control /run/c.sock | grep -q ' 2/2 ' && break; sleep 0.1; done

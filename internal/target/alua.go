@@ -52,7 +52,7 @@ func (s *Server) Attention(l *LU, asc, ascq uint8) {
 				if !c.full || c.target == nil {
 					return
 				}
-				for i, x := range c.target.LUs {
+				for i, x := range c.target.units() {
 					if x == l {
 						c.ua = append(c.ua, attention{i, asc, ascq})
 					}

@@ -2,8 +2,10 @@ package target
 
 import (
 	"encoding/binary"
+	"hash/crc32"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +24,8 @@ type client struct {
 	buf   []byte
 	tx    []byte
 	head  pdu.Header // of the last PDU received
+	on    digests    // in full feature phase
+	spoil int        // byte of the next PDU that is damaged on its way, if positive
 }
 
 func newServer(t testing.TB, cfg Config) (*Server, *Portal, *LU) {
@@ -57,14 +61,27 @@ func dial(t testing.TB, p *Portal) *client {
 func (c *client) send(h *pdu.Header, data []byte) {
 	c.t.Helper()
 	h.SetDataLen(len(data))
-	c.tx = append(append(c.tx[:0], h[:]...), data...)
-	for range pdu.Pad(len(data)) {
-		c.tx = append(c.tx, 0)
+	c.tx = append(c.tx[:0], h[:]...)
+	if c.on.header {
+		c.tx = binary.LittleEndian.AppendUint32(c.tx, crc(c.tx))
+	}
+	at := len(c.tx)
+	c.tx = append(append(c.tx, data...), make([]byte, pdu.Pad(len(data)))...)
+	if c.on.data && len(data) > 0 {
+		c.tx = binary.LittleEndian.AppendUint32(c.tx, crc(c.tx[at:]))
+	}
+	if c.spoil > 0 {
+		c.tx[c.spoil] ^= 0x10
+		c.spoil = 0
 	}
 	if _, err := c.nc.Write(c.tx); err != nil {
 		c.t.Fatal(err)
 	}
 }
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func crc(b []byte) uint32 { return crc32.Checksum(b, castagnoli) }
 
 // recv gives the next PDU; its data is valid until the next call.
 func (c *client) recv() (*pdu.Header, []byte) {
@@ -80,9 +97,24 @@ func (c *client) tryRecv() (*pdu.Header, []byte, error) {
 	if _, err := io.ReadFull(c.nc, c.head[:]); err != nil {
 		return nil, nil, err
 	}
+	if c.on.header {
+		c.digest(c.head[:])
+	}
 	n := c.head.DataLen()
 	_, err := io.ReadFull(c.nc, c.buf[:n+pdu.Pad(n)])
+	if c.on.data && n > 0 && err == nil {
+		c.digest(c.buf[:n+pdu.Pad(n)])
+	}
 	return &c.head, c.buf[:n], err
+}
+
+// digest takes the digest of b.
+func (c *client) digest(b []byte) {
+	c.t.Helper()
+	d := c.buf[len(c.buf)-pdu.DigestLen:]
+	if _, err := io.ReadFull(c.nc, d); err != nil || binary.LittleEndian.Uint32(d) != crc(b) {
+		c.t.Fatalf("digest %x of PDU %x: %v", d, c.head, err)
+	}
 }
 
 func (c *client) loginTo(target string, isid byte, keys ...string) (class, detail uint8) {
@@ -114,18 +146,25 @@ func (c *client) loginTo(target string, isid byte, keys ...string) (class, detai
 	if class, detail = a.LoginStatus(); class == 0 && a.TSIH() == 0 {
 		c.t.Fatal("TSIH 0 in the final response")
 	}
+	answers := string(c.buf[:c.head.DataLen()])
+	c.on = digests{strings.Contains(answers, "HeaderDigest=CRC32C"), strings.Contains(answers, "DataDigest=CRC32C")}
 	return class, detail
 }
 
 var fast = []string{
-	"HeaderDigest", "None", "DataDigest", "None", "InitialR2T", "No", "ImmediateData", "Yes",
+	"InitialR2T", "No", "ImmediateData", "Yes",
 	"MaxRecvDataSegmentLength", "262144", "MaxBurstLength", "1048576", "FirstBurstLength", "65536", "MaxOutstandingR2T", "4",
 }
 
 func session(t testing.TB, p *Portal, isid byte) *client {
 	t.Helper()
+	return digestSession(t, p, isid, "None", "None")
+}
+
+func digestSession(t testing.TB, p *Portal, isid byte, header, data string) *client {
+	t.Helper()
 	c := dial(t, p)
-	if class, detail := c.loginTo("iqn.test:a", isid, fast...); class != 0 {
+	if class, detail := c.loginTo("iqn.test:a", isid, append([]string{"HeaderDigest", header, "DataDigest", data}, fast...)...); class != 0 {
 		t.Fatalf("login status %d/%d", class, detail)
 	}
 	return c

@@ -24,6 +24,7 @@ var (
 	errParamList    = Sense{0x05, 0x26, 0x00}
 	errParamLength  = Sense{0x05, 0x1a, 0x00}
 	errWriteProtect = Sense{0x07, 0x27, 0x00}
+	errMiscompare   = Sense{0x0e, 0x1d, 0x00}
 )
 
 // request is what is kept of a SCSI Command PDU.
@@ -69,7 +70,11 @@ func (c *conn) scsiCommand(h *pdu.Header, data []byte) bool {
 		}
 		act = (*hook)(&c.cmd)
 		scripted = act.Status != 0 || act.Response != 0 || act.Silent || act.Delay != 0 || act.Orphan ||
-			act.ShortBy != 0 || act.Inject != nil || act.Reset
+			act.ShortBy != 0 || act.Inject != nil || act.Reset || act.Data != nil
+	}
+	if act.Reject != 0 {
+		c.rejectPDU(h, act.Reject)
+		return true
 	}
 	if r.isWrite() && (len(data) < int(r.edtl) || scripted) {
 		return c.begin(r, data, h.IsFinal(), scripted, &act)
@@ -102,10 +107,10 @@ func (c *conn) lookup(l *[8]byte) (*LU, int) {
 	default:
 		return nil, -1
 	}
-	if [6]byte(l[2:]) != [6]byte{} || n >= len(c.target.LUs) {
+	if [6]byte(l[2:]) != [6]byte{} || n >= len(c.target.units()) {
 		return nil, -1
 	}
-	return c.target.LUs[n], n
+	return c.target.units()[n], n
 }
 
 // decode finds the LU and checks a READ or WRITE against it.
@@ -132,6 +137,10 @@ func (c *conn) decode(r *request) {
 		r.sense = s
 		return
 	}
+	if changes(op) && r.lu.fenced(c.nexus) {
+		r.sense = errConflict
+		return
+	}
 	var lba, blocks uint64
 	write := false
 	switch op {
@@ -148,8 +157,14 @@ func (c *conn) decode(r *request) {
 	case opMaintenanceOut:
 		r.n = uint64(binary.BigEndian.Uint32(r.cdb[6:]))
 		return
+	case opPersistentOut:
+		r.n = uint64(binary.BigEndian.Uint32(r.cdb[5:]))
+		return
 	case opUnmap:
 		r.n = uint64(binary.BigEndian.Uint16(r.cdb[7:]))
+		return
+	case opCompareWrite:
+		r.n = 2 * uint64(r.cdb[13]) << r.lu.shift
 		return
 	case opWriteSame16:
 		if r.cdb[1]&1 == 0 { // not NDOB
@@ -178,11 +193,15 @@ func (c *conn) decode(r *request) {
 // list of commands other than WRITE, whose data is on the disk already.
 func (c *conn) finish(r *request, data []byte, shortBy int) {
 	switch {
+	case r.sense == errConflict:
+		c.respond(r, statusReservationConflict, noSense, 0)
 	case r.sense != noSense:
 		c.respond(r, statusCheckCondition, r.sense, 0)
 	case !r.block:
 		answer, sense := c.execute(r, data)
-		if sense != noSense {
+		if sense == errConflict {
+			c.respond(r, statusReservationConflict, noSense, 0)
+		} else if sense != noSense {
 			c.respond(r, statusCheckCondition, sense, 0)
 		} else if len(answer) > 0 && r.wantsData() {
 			c.dataIn(r, nil, answer, uint64(len(answer)), shortBy)
@@ -212,16 +231,33 @@ func residual(h *pdu.Header, edtl uint32, n uint64) {
 
 // respond sends a SCSI Response; n is how many bytes the command would move.
 func (c *conn) respond(r *request, status uint8, s Sense, n uint64) {
+	var sense []byte
+	if status == statusCheckCondition {
+		b := [18]byte{0: 0x70, 2: s.Key, 7: 10, 12: s.ASC, 13: s.ASCQ}
+		sense = b[:]
+	}
+	c.respondSense(r, status, sense, n)
+}
+
+// respondSense is respond with the sense data as it goes out.
+func (c *conn) respondSense(r *request, status uint8, sense []byte, n uint64) {
+	a := c.response(r, status, n)
+	if len(sense) > 0 {
+		var b [2 + 252]byte
+		b[1] = uint8(copy(b[2:], sense))
+		a.SetDataLen(2 + int(b[1]))
+		c.payload(b[:2+b[1]])
+	}
+}
+
+// response begins a SCSI Response, which is whole without sense.
+func (c *conn) response(r *request, status uint8, n uint64) *pdu.Header {
 	a := c.header(pdu.OpSCSIResponse)
 	a.SetITT(r.itt)
 	a.SetStatus(status)
 	residual(a, r.edtl, n)
 	c.status(a)
-	if status == statusCheckCondition {
-		a.SetDataLen(2 + 18)
-		b := [20]byte{1: 18, 2: 0x70, 4: s.Key, 9: 10, 14: s.ASC, 15: s.ASCQ}
-		c.payload(b[:])
-	}
+	return a
 }
 
 // dataIn sends the data of a read, from the disk or from src, in Data-In PDUs
@@ -278,23 +314,23 @@ func (c *conn) dataIn(r *request, lu *LU, src []byte, n uint64, shortBy int) {
 	}
 }
 
-// diskPayload appends n bytes of the disk: copied if few, else gathered from
-// where they are. Reading while another session writes the same blocks may
-// then send either, as a disk may.
+// diskPayload appends n bytes of the disk: copied if few or if they need a
+// digest, which nobody's write may make wrong, else gathered from where they
+// are. Reading while another session writes the same blocks may then send
+// either, as a disk may.
 func (c *conn) diskPayload(lu *LU, off uint64, n int) {
-	if n <= copyLimit {
-		b := c.room(n + pdu.Pad(n))
-		lu.read(b[:n], off)
-		clear(b[n:])
-		return
+	var sum uint32
+	for left := n; left > 0; {
+		var b []byte
+		if n <= copyLimit || c.digests.data {
+			b = c.room(min(left, copyLimit))
+			lu.read(b, off)
+			sum = c.digests.sum(sum, b)
+		} else {
+			b = lu.view(off, left)
+			c.gather(b)
+		}
+		off, left = off+uint64(len(b)), left-len(b)
 	}
-	pad := pdu.Pad(n)
-	for n > 0 {
-		v := lu.view(off, n)
-		c.gather(v)
-		off, n = off+uint64(len(v)), n-len(v)
-	}
-	if pad > 0 {
-		clear(c.room(pad))
-	}
+	c.endPayload(n, sum)
 }

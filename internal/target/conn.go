@@ -36,6 +36,7 @@ type conn struct {
 	r, w  int // in[r:w] is unparsed
 	out   []byte
 	start int // out[start:] is not in pieces yet
+	open  int // where in out the header begins whose digest is due, -1 for none
 	iov   [][]byte
 	bufs  net.Buffers
 
@@ -46,6 +47,7 @@ type conn struct {
 	nexus    nexus
 	session  bool // registered in srv.sessions
 	params   params
+	digests  digests // in force
 	statSN   uint32
 	expCmdSN uint32
 	maxCmdSN uint32
@@ -73,7 +75,7 @@ func newConn(p *Portal, nc *net.TCPConn) *conn {
 	return &conn{
 		p: p, srv: p.srv, nc: nc, closed: make(chan struct{}), done: make(chan struct{}),
 		in: make([]byte, max(256<<10, 4*(seg+2048))), out: make([]byte, 0, outSize),
-		iov: make([][]byte, 0, maxPieces+8), tasks: map[uint32]*task{}, params: defaultParams(),
+		iov: make([][]byte, 0, maxPieces+8), open: -1, tasks: map[uint32]*task{}, params: defaultParams(),
 	}
 }
 
@@ -180,27 +182,47 @@ func (c *conn) process() bool {
 			return false
 		}
 		h := (*pdu.Header)(c.in[c.r : c.r+pdu.HeaderLen])
-		n, ahs := h.DataLen(), h.AHSLen()
+		header := pdu.HeaderLen + h.AHSLen()
+		total := header + c.digests.ofHeader()
+		if c.wait(total) {
+			return true
+		}
+		if !c.digests.intact(c.in[c.r:], header, total) {
+			return c.fail("header digest error", h)
+		}
+		n := h.DataLen()
 		if limit := c.srv.cfg.MaxRecvSegment; n > limit && (c.full || n > 8192) {
 			return c.fail("data segment too long", h)
 		}
-		total := pdu.HeaderLen + ahs + n + pdu.Pad(n)
-		if c.w-c.r < total {
-			if len(c.in)-c.r < total {
-				c.w = copy(c.in, c.in[c.r:c.w])
-				c.r = 0
-			}
+		segment := c.in[c.r+total:]
+		padded := n + pdu.Pad(n)
+		end := padded + c.digests.ofData(n)
+		if total += end; c.wait(total) {
 			return true
 		}
-		data := c.in[c.r+pdu.HeaderLen+ahs:][:n]
+		if !c.digests.intact(segment, padded, end) {
+			return c.dataDigestError(h)
+		}
 		c.r += total
-		if !c.handle(h, data) {
+		if !c.handle(h, segment[:n]) {
 			return false
 		}
 	}
 	if c.r == c.w {
 		c.r, c.w = 0, 0
 	} else if len(c.in)-c.r < pdu.HeaderLen+1020 {
+		c.w = copy(c.in, c.in[c.r:c.w])
+		c.r = 0
+	}
+	return true
+}
+
+// wait tells whether a PDU of n bytes is not all there yet, and makes room for it.
+func (c *conn) wait(n int) bool {
+	if c.w-c.r >= n {
+		return false
+	}
+	if len(c.in)-c.r < n {
 		c.w = copy(c.in, c.in[c.r:c.w])
 		c.r = 0
 	}
@@ -244,6 +266,7 @@ func (c *conn) handle(h *pdu.Header, data []byte) bool {
 	case pdu.OpLogoutReq:
 		a := c.header(pdu.OpLogoutResp)
 		a.SetITT(h.ITT())
+		a.SetU16(40, uint16(c.srv.cfg.Time2Wait))
 		c.status(a)
 		c.ending = true
 	case pdu.OpSNACK:
@@ -291,7 +314,11 @@ func (c *conn) putBytes(b []byte) {
 
 // header begins an answer PDU of zeroes with the sequence numbers in place.
 func (c *conn) header(op pdu.Opcode) *pdu.Header {
-	b := c.room(pdu.HeaderLen)
+	c.seal()
+	b := c.room(pdu.HeaderLen + c.digests.ofHeader())
+	if c.digests.header {
+		c.open = len(c.out) - len(b)
+	}
 	h := (*pdu.Header)(b)
 	*h = pdu.Header{}
 	h.SetOpcode(op)
@@ -311,14 +338,10 @@ func (c *conn) status(h *pdu.Header) {
 	c.statSN++
 }
 
-// payload appends a data segment and its padding to the output.
+// payload appends a data segment to the output.
 func (c *conn) payload(b []byte) {
-	n := len(b) + pdu.Pad(len(b))
-	if n == 0 {
-		return
-	}
-	dst := c.room(n)
-	clear(dst[copy(dst, b):])
+	copy(c.room(len(b)), b)
+	c.endPayload(len(b), c.digests.sum(0, b))
 }
 
 // flush writes the output; false means the connection is gone.
@@ -326,6 +349,7 @@ func (c *conn) flush() bool {
 	if len(c.out) == 0 && len(c.iov) == 0 {
 		return true
 	}
+	c.seal()
 	var err error
 	if !c.gate() {
 		err = net.ErrClosed

@@ -1,6 +1,8 @@
 package target
 
 import (
+	"time"
+
 	"github.com/mpathd/mpathd/initiator/pdu"
 )
 
@@ -160,7 +162,17 @@ func (c *conn) taskManagement(h *pdu.Header) {
 	lun, ref, itt := h.LUN(), h.TTT(), h.ITT()
 	lu, _ := c.lookup(&lun)
 	response := pdu.TMFComplete
+	var act TaskAction
+	if hook := c.srv.onTask.Load(); hook != nil {
+		act = (*hook)(Task{c.p, h.Flags() &^ pdu.Final, lun})
+	}
+	if act.Silent {
+		return
+	}
 	switch fn := h.Flags() &^ pdu.Final; {
+	case act.Lie:
+	case act.Response != 0:
+		response = act.Response
 	case lu == nil:
 		response = pdu.TMFNoLUN
 	case fn == pdu.TMFAbortTask:
@@ -172,16 +184,25 @@ func (c *conn) taskManagement(h *pdu.Header) {
 		if n == 0 {
 			response = pdu.TMFNoTask
 		}
+	case fn == pdu.TMFClearACA:
 	case fn == pdu.TMFAbortTaskSet:
 		c.srv.cancelLate(func(d *deferred) bool { return d.nexus == c.nexus && d.r.lu == lu })
 		c.abortLU(lu, false)
 	case fn == pdu.TMFClearTaskSet || fn == pdu.TMFLUReset:
+		if fn == pdu.TMFLUReset && c.srv.cfg.ResetEndsSessions > 0 {
+			c.endOthers()
+		}
 		c.srv.cancelLate(func(d *deferred) bool { return d.r.lu == lu })
 		c.abortLU(lu, false)
 		for _, p := range c.srv.Portals() {
 			for _, o := range p.list() {
 				if o != c {
-					o.post(func() { o.abortLU(lu, true) })
+					o.post(func() {
+						o.abortLU(lu, true)
+						if fn == pdu.TMFLUReset {
+							o.tellReset(lu)
+						}
+					})
 				}
 			}
 		}
@@ -192,6 +213,38 @@ func (c *conn) taskManagement(h *pdu.Header) {
 	a.SetITT(itt)
 	a.SetResponse(response)
 	c.status(a)
+}
+
+// endOthers ends the other sessions of this initiator and target.
+func (c *conn) endOthers() {
+	time.Sleep(c.srv.cfg.ResetEndsSessions)
+	c.srv.mu.Lock()
+	var others []*conn
+	for n, o := range c.srv.sessions {
+		if o != c && n.initiator == c.nexus.initiator && n.target == c.nexus.target {
+			others = append(others, o)
+		}
+	}
+	c.srv.mu.Unlock()
+	for _, o := range others {
+		o.close(false)
+		select {
+		case <-o.done:
+		case <-c.closed:
+		}
+	}
+}
+
+// tellReset leaves UNIT ATTENTION "bus device reset function occurred" (SAM-5 5.14).
+func (c *conn) tellReset(lu *LU) {
+	if !c.full || c.target == nil {
+		return
+	}
+	for i, l := range c.target.LUs {
+		if l == lu {
+			c.ua = append(c.ua, attention{i, 0x29, 0x03})
+		}
+	}
 }
 
 // abortLU forgets the tasks of an LU; byOther leaves UNIT ATTENTION "commands
@@ -208,7 +261,7 @@ func (c *conn) abortLU(lu *LU, byOther bool) {
 		}
 	}
 	if cleared && byOther {
-		for i, l := range c.target.LUs {
+		for i, l := range c.target.units() {
 			if l == lu {
 				c.ua = append(c.ua, attention{i, 0x2f, 0x00})
 			}

@@ -28,9 +28,18 @@ type Action struct {
 	// 2 (CHECK CONDITION) comes with Sense.
 	Status uint8
 	Sense  Sense
+	// SenseData, if not nil, are the sense bytes in place of Sense: any format,
+	// cut short, or empty for none.
+	SenseData []byte
+	// Data, if not nil, is what a command with data in answers instead of its
+	// own, cut to what the initiator expects.
+	Data []byte
 	// Response other than 0 is a SCSI Response with this iSCSI response code
 	// (1: target failure) and no status; the command is not executed.
 	Response uint8
+	// Reject other than 0 rejects the PDU for this reason (RFC 7143 11.17.1); only
+	// for commands without data to the target.
+	Reject uint8
 	// Silent never answers. The command is not executed unless Orphan is set.
 	Silent bool
 	// Delay executes and answers this much later, behind whatever comes in
@@ -47,4 +56,20 @@ type Action struct {
 	Inject []byte
 	// Reset resets the connection instead of any answer.
 	Reset bool
+}
+
+// Task is a task management request as its hook sees it (RFC 7143 11.5.1).
+type Task struct {
+	Portal   *Portal
+	Function uint8
+	LUN      [8]byte
+}
+
+// TaskAction is what a hook makes of a task management request. The zero value
+// executes and answers it as usual.
+type TaskAction struct {
+	// Lie answers "function complete" and does nothing.
+	Lie      bool
+	Response uint8 // other than 0: answers with this response and does nothing
+	Silent   bool  // does nothing and never answers
 }

@@ -25,6 +25,7 @@ const (
 type params struct {
 	peerSegment, maxBurst, firstBurst, maxR2T int
 	initialR2T, immediate                     bool
+	digests                                   digests
 }
 
 // defaultParams are the values of keys nobody mentions (RFC 7143 13).
@@ -113,6 +114,9 @@ func (c *conn) loginRequest(h *pdu.Header, data []byte) bool {
 	a.SetTSIH(tsih)
 	a.SetDataLen(len(l.answer))
 	c.payload(l.answer)
+	if final {
+		c.digests = c.params.digests // from the next PDU on (RFC 7143 13.1)
+	}
 	return true
 }
 
@@ -188,7 +192,7 @@ func (c *conn) enter() {
 	}
 	s.cancelLate(func(d *deferred) bool { return d.nexus == c.nexus })
 	if s.cfg.PowerOnUA {
-		for i := range c.target.LUs {
+		for i := range c.target.units() {
 			c.ua = append(c.ua, attention{i, 0x29, 0x00})
 		}
 	}
@@ -231,8 +235,15 @@ func (c *conn) negotiate(name, value string) int {
 			return loginAuth
 		}
 	case "HeaderDigest", "DataDigest":
-		if !pick("None") {
+		v := chooseDigest(value)
+		say(v)
+		switch {
+		case v == "Reject":
 			return loginError
+		case name == "HeaderDigest":
+			p.digests.header = v == "CRC32C"
+		default:
+			p.digests.data = v == "CRC32C"
 		}
 	case "MaxConnections":
 		say("1")
@@ -258,7 +269,7 @@ func (c *conn) negotiate(name, value string) int {
 		}
 	case "DefaultTime2Wait":
 		if n, ok := num(0, 3600); ok {
-			say(strconv.Itoa(n))
+			say(strconv.Itoa(max(n, cfg.Time2Wait)))
 		}
 	case "DefaultTime2Retain":
 		say("0")

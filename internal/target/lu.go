@@ -32,6 +32,10 @@ type LU struct {
 	readOnly  atomic.Bool
 	noCache   atomic.Bool
 	access    atomic.Pointer[access] // nil: symmetric
+
+	reserve    sync.Mutex
+	registered []registration
+	reserved   uint8 // type of the reservation, 0: none
 }
 
 // MaxSize is the largest RAM disk in bytes. Memory is used for written chunks

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/mpathd/mpathd/initiator/pdu"
 )
 
 // maxConns bounds the connections of one portal.
@@ -137,6 +139,29 @@ func (p *Portal) Ping() {
 			if c.full {
 				c.nopIn()
 			}
+		})
+	}
+}
+
+// Async sends an Asynchronous Message on each logged-in connection, with its
+// event, parameters and data segment (RFC 7143 11.9).
+func (p *Portal) Async(event uint8, lun [8]byte, p1, p2, p3 uint16, data []byte) {
+	data = append([]byte(nil), data...)
+	for _, c := range p.list() {
+		c.post(func() {
+			if !c.full {
+				return
+			}
+			a := c.header(pdu.OpAsync)
+			a.SetLUN(lun)
+			a.SetITT(pdu.NoTag)
+			a[36] = event
+			a.SetU16(38, p1)
+			a.SetU16(40, p2)
+			a.SetU16(42, p3)
+			a.SetDataLen(len(data))
+			c.status(a)
+			c.payload(data)
 		})
 	}
 }

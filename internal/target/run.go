@@ -160,6 +160,10 @@ func Main(args []string, stdout, stderr io.Writer) int {
 		}
 		return 2
 	}
+	if _, err := ParseSize(o.Size); err != nil {
+		fmt.Fprintln(stderr, "mpathd target: -size:", err)
+		return 2
+	}
 	if fs.NArg() > 0 {
 		fmt.Fprintf(stderr, "mpathd target: unexpected argument %q; see mpathd target --help\n", fs.Arg(0))
 		return 2
@@ -167,7 +171,7 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := Run(ctx, o, stdout); err != nil {
-		fmt.Fprintln(stderr, "mpathd target:", err)
+		fmt.Fprintln(stderr, "mpathd", err)
 		return 1
 	}
 	return 0

@@ -60,7 +60,7 @@ func TestRunPrintsPortals(t *testing.T) {
 		t.Fatal(err)
 	}
 	var errs strings.Builder
-	if code := Main([]string{"--size", "nonsense"}, io.Discard, &errs); code != 1 || !strings.Contains(errs.String(), "nonsense") {
+	if code := Main([]string{"--size", "nonsense"}, io.Discard, &errs); code != 2 || !strings.Contains(errs.String(), "nonsense") {
 		t.Errorf("exit %d: %s", code, errs.String())
 	}
 	if code := Main([]string{"--no-such-flag"}, io.Discard, io.Discard); code != 2 {

@@ -47,10 +47,13 @@ func (c *conn) answer(r *request, data []byte, act *Action) {
 	switch {
 	case act.Silent:
 	case act.Response != 0:
-		c.respond(r, 0, noSense, r.n)
-		c.out[len(c.out)-48+2] = act.Response // the header just written
+		c.response(r, 0, r.n).SetResponse(act.Response)
+	case act.Status != 0 && act.SenseData != nil:
+		c.respondSense(r, act.Status, act.SenseData, 0)
 	case act.Status != 0:
 		c.respond(r, act.Status, act.Sense, 0)
+	case act.Data != nil && r.wantsData():
+		c.dataIn(r, nil, act.Data, uint64(len(act.Data)), 0)
 	default:
 		c.finish(r, data, act.ShortBy)
 	}

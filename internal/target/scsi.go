@@ -21,6 +21,7 @@ const (
 	opWrite16        = 0x8a
 	opSyncCache16    = 0x91
 	opWriteSame16    = 0x93
+	opCompareWrite   = 0x89
 	opServiceIn16    = 0x9e
 	opReportLUNs     = 0xa0
 	opMaintenanceIn  = 0xa3
@@ -100,10 +101,16 @@ func (c *conn) execute(r *request, param []byte) ([]byte, Sense) {
 		return c.reportGroups(lu, cdb)
 	case opMaintenanceOut:
 		return nil, c.setGroups(lu, cdb, param)
+	case opPersistentIn:
+		return c.persistentIn(lu, cdb)
+	case opPersistentOut:
+		return nil, c.persistentOut(lu, cdb, param)
 	case opUnmap:
 		return nil, unmap(lu, param, r.n)
 	case opWriteSame16:
 		return nil, writeSame(lu, cdb, param)
+	case opCompareWrite:
+		return nil, compareAndWrite(lu, cdb, param)
 	}
 	return nil, errOpcode
 }
@@ -122,9 +129,13 @@ func (l *LU) physicalExponent() byte {
 func (c *conn) reportLUNs() []byte {
 	b := c.scratch[:8]
 	clear(b)
-	for i, l := range c.target.LUs {
+	for i, l := range c.target.units() {
 		if l != nil {
-			b = append(b, 0, byte(i), 0, 0, 0, 0, 0, 0)
+			first := byte(0) // peripheral device addressing
+			if i > 255 {
+				first = 0x40 | byte(i>>8) // flat space
+			}
+			b = append(b, first, byte(i), 0, 0, 0, 0, 0, 0)
 		}
 	}
 	binary.BigEndian.PutUint32(b, uint32(len(b)-8))

@@ -20,6 +20,39 @@ import (
 type Target struct {
 	Name string
 	LUs  []*LU
+
+	changed atomic.Pointer[[]*LU] // instead of LUs, see Server.SetUnits
+}
+
+func (t *Target) units() []*LU {
+	if l := t.changed.Load(); l != nil {
+		return *l
+	}
+	return t.LUs
+}
+
+// SetUnits replaces the units of a target. The sessions that there are hear of
+// it by UNIT ATTENTION 3F/0E, once per unit that remains, if tell.
+func (s *Server) SetUnits(name string, lus []*LU, tell bool) {
+	t := s.targets[name]
+	t.changed.Store(&lus)
+	if !tell {
+		return
+	}
+	for _, p := range s.Portals() {
+		for _, c := range p.list() {
+			c.post(func() {
+				if !c.full || c.target != t {
+					return
+				}
+				for i, l := range lus {
+					if l != nil {
+						c.ua = append(c.ua, attention{i, 0x3f, 0x0e})
+					}
+				}
+			})
+		}
+	}
 }
 
 // Config is what New needs. The zero value of every field but Targets is a
@@ -34,6 +67,13 @@ type Config struct {
 	// InitialR2T and NoImmediateData forbid what they name, to force an
 	// initiator through its other data paths.
 	InitialR2T, NoImmediateData bool
+	// Time2Wait, in seconds, is the least DefaultTime2Wait, and what answers to
+	// a logout ask for.
+	Time2Wait int
+	// ResetEndsSessions makes LOGICAL UNIT RESET end the other sessions of the
+	// same initiator and target first, and answer nothing on its own meanwhile,
+	// this long: as istgt does.
+	ResetEndsSessions time.Duration
 	// PowerOnUA makes each new session meet UNIT ATTENTION 29/00 once per LU.
 	PowerOnUA bool
 	// Logger gets one line for each protocol error; nil discards them.
@@ -53,6 +93,7 @@ type Server struct {
 	cfg     Config
 	targets map[string]*Target
 	hook    atomic.Pointer[func(*Cmd) Action]
+	onTask  atomic.Pointer[func(Task) TaskAction]
 	stats   counters
 	tsih    atomic.Uint32
 
@@ -100,8 +141,8 @@ func New(cfg Config) (*Server, error) {
 		if s.targets[t.Name] != nil {
 			return nil, fmt.Errorf("target: name %q twice", t.Name)
 		}
-		if len(t.LUs) > 256 {
-			return nil, fmt.Errorf("target: %q has %d logical units, want at most 256", t.Name, len(t.LUs))
+		if len(t.LUs) > 16384 { // flat space addressing ends there
+			return nil, fmt.Errorf("target: %q has %d logical units, want at most 16384", t.Name, len(t.LUs))
 		}
 		s.targets[t.Name] = t
 	}
@@ -173,6 +214,16 @@ func (s *Server) OnCommand(hook func(*Cmd) Action) {
 		return
 	}
 	s.hook.Store(&hook)
+}
+
+// OnTask installs a hook for task management requests, on the same terms as
+// OnCommand; nil removes it.
+func (s *Server) OnTask(hook func(Task) TaskAction) {
+	if hook == nil {
+		s.onTask.Store(nil)
+		return
+	}
+	s.onTask.Store(&hook)
 }
 
 // Kill closes all listeners and connections, as the kernel does for a killed

@@ -269,7 +269,11 @@ func TestLUResetForgetsWaitingWrites(t *testing.T) {
 
 func TestNoAllocationPerIO(t *testing.T) {
 	_, p, _ := newServer(t, Config{})
-	c := session(t, p, 1)
+	noAllocationPerIO(t, session(t, p, 1))
+}
+
+func noAllocationPerIO(t *testing.T, c *client) {
+	t.Helper()
 	data := random(4096)
 	read, write := rw(opRead16, 0, 8), rw(opWrite16, 0, 8)
 	one := func() {

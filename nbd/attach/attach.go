@@ -109,7 +109,7 @@ func Connect(o Options) (*Device, error) {
 	runtime.KeepAlive(o.Socket)
 	if err != nil {
 		if errors.Is(err, fs.ErrExist) || strings.Contains(err.Error(), "busy") {
-			return nil, fmt.Errorf("attach %s: the device is in use: detach it first or choose another", o.Device)
+			return nil, fmt.Errorf("attach %s: the device is in use%s: detach it first or choose another", o.Device, holder("/", index))
 		}
 		return nil, fmt.Errorf("attach %s: %w", o.Device, err)
 	}
@@ -128,11 +128,43 @@ func Connect(o Options) (*Device, error) {
 		return nil, errors.New("attach: the kernel did not name the device")
 	}
 	d := &Device{index, o.Backend}
-	if err := d.tune(); err != nil {
+	if err = tooOld("/", index, o.Backend); err == nil {
+		err = d.tune()
+	}
+	if err != nil {
 		d.Disconnect()
 		return nil, err
 	}
 	return d, nil
+}
+
+// tooOld tells whether the kernel did not keep the backend identifier (before
+// Linux 5.14), without which a device cannot be found again.
+func tooOld(root string, index int, backend string) error {
+	b, err := os.ReadFile(filepath.Join(root, fmt.Sprintf("sys/block/nbd%d/backend", index)))
+	if err == nil && strings.TrimSpace(string(b)) == backend {
+		return nil
+	}
+	version, _ := os.ReadFile(filepath.Join(root, "proc/sys/kernel/osrelease"))
+	return fmt.Errorf("attach: this kernel's NBD is too old (%s): it keeps no backend identifier, so that /dev/nbd%d would not outlive a restart: Linux 6.1 or later is needed",
+		strings.TrimSpace(string(version)), index)
+}
+
+// holder tells who has a device, in words to go behind "in use", or "".
+func holder(root string, index int) string {
+	at := filepath.Join(root, fmt.Sprintf("sys/block/nbd%d", index))
+	if b, err := os.ReadFile(filepath.Join(at, "backend")); err == nil {
+		return " as the backend " + strings.TrimSpace(string(b))
+	}
+	if b, err := os.ReadFile(filepath.Join(at, "pid")); err == nil {
+		pid := strings.TrimSpace(string(b))
+		comm, err := os.ReadFile(filepath.Join(root, "proc", pid, "comm"))
+		if err == nil {
+			return fmt.Sprintf(" by process %s (%s)", pid, strings.TrimSpace(string(comm)))
+		}
+		return " by something that is no mpathd"
+	}
+	return ""
 }
 
 func encode(o Options, index int) ([]byte, error) {
@@ -209,30 +241,53 @@ func Adopt(o Options) (*Device, error) {
 	return &Device{index, o.Backend}, nil
 }
 
+// Inherit is a device whose socket another process handed over: the kernel
+// need not be told. It proves that the device is this backend's.
+func Inherit(device, backend string) (*Device, error) {
+	index, err := strconv.Atoi(strings.TrimPrefix(device, "/dev/nbd"))
+	if err != nil {
+		return nil, fmt.Errorf("inherit %s: want /dev/nbdX", device)
+	}
+	if have := Find(backend); have != device {
+		return nil, fmt.Errorf("inherit %s: it is not the device of %s", device, backend)
+	}
+	return &Device{index, backend}, nil
+}
+
 const links = "/dev/mpath"
 
 // Link makes /dev/mpath/NAME point to the device; the function removes it. A
-// link of that name that leads elsewhere is replaced.
-func (d *Device) Link(name string) (remove func(), err error) {
+// link of that name that leads elsewhere is replaced, and other names of the
+// device, which a run under another alias left when it died, are removed.
+func (d *Device) Link(name string) (remove func(), err error) { return linkIn(links, name, d.Path()) }
+
+func linkIn(dir, name, to string) (remove func(), err error) {
 	if name == "" || strings.ContainsAny(name, "/\x00") || name == "." || name == ".." {
-		return nil, fmt.Errorf("%s/%s: not a file name", links, name)
+		return nil, fmt.Errorf("%s/%s: not a file name", dir, name)
 	}
-	if err := os.MkdirAll(links, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	at, tmp := filepath.Join(links, name), filepath.Join(links, "."+name+".new")
+	at, tmp := filepath.Join(dir, name), filepath.Join(dir, "."+name+".new")
 	os.Remove(tmp)
-	if err := os.Symlink(d.Path(), tmp); err != nil {
+	if err := os.Symlink(to, tmp); err != nil {
 		return nil, err
 	}
 	if err := os.Rename(tmp, at); err != nil {
 		return nil, err
 	}
-	return func() {
-		if to, err := os.Readlink(at); err == nil && to == d.Path() {
+	unlink := func(at string) {
+		if have, err := os.Readlink(at); err == nil && have == to {
 			os.Remove(at)
 		}
-	}, nil
+	}
+	names, _ := os.ReadDir(dir)
+	for _, n := range names {
+		if n.Name() != name {
+			unlink(filepath.Join(dir, n.Name()))
+		}
+	}
+	return func() { unlink(at) }, nil
 }
 
 // Resize tells the kernel the device's new size in bytes (nbd_genl_reconfigure).

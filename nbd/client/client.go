@@ -37,6 +37,11 @@ func Dial(network, address, export string) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	return Open(c, export)
+}
+
+// Open opens the export on a connection, which it owns.
+func Open(c net.Conn, export string) (*Client, error) {
 	cl, err := open(c, export)
 	if err != nil {
 		c.Close()
@@ -67,6 +72,9 @@ func open(c net.Conn, export string) (*Client, error) {
 	}
 	return &Client{c: c, size: int64(be.Uint64(b[:])), flags: be.Uint16(b[8:]), wait: map[uint64]*call{}}, nil
 }
+
+// Trims tells whether the export takes TRIM.
+func (c *Client) Trims() bool { return c.flags&proto.SendTrim != 0 }
 
 // Size is the export's, in bytes.
 func (c *Client) Size() int64 { return c.size }
@@ -146,12 +154,17 @@ func (c *Client) loop() error {
 
 // ReadAt fills p from off; offsets and lengths are bytes, whole blocks.
 func (c *Client) ReadAt(p []byte, off int64) (int, error) {
-	return len(p), c.do(proto.Request{Type: proto.CmdRead, Offset: uint64(off), Length: uint32(len(p))}, nil, p)
+	return len(p), c.do(proto.Request{Type: proto.CmdRead, Offset: uint64(off), Length: uint64(len(p))}, nil, p)
 }
 
 // WriteAt writes p at off.
 func (c *Client) WriteAt(p []byte, off int64) (int, error) {
-	return len(p), c.do(proto.Request{Type: proto.CmdWrite, Offset: uint64(off), Length: uint32(len(p))}, p, nil)
+	return len(p), c.do(proto.Request{Type: proto.CmdWrite, Offset: uint64(off), Length: uint64(len(p))}, p, nil)
+}
+
+// WriteFUA is WriteAt that returns when the data is durable.
+func (c *Client) WriteFUA(p []byte, off int64) (int, error) {
+	return len(p), c.do(proto.Request{Type: proto.CmdWrite, Flags: proto.CmdFlagFUA, Offset: uint64(off), Length: uint64(len(p))}, p, nil)
 }
 
 // Flush makes completed writes durable.
@@ -159,10 +172,10 @@ func (c *Client) Flush() error { return c.do(proto.Request{Type: proto.CmdFlush}
 
 // WriteZeroes zeroes n bytes at off.
 func (c *Client) WriteZeroes(off int64, n uint32) error {
-	return c.do(proto.Request{Type: proto.CmdWriteZeroes, Offset: uint64(off), Length: n}, nil, nil)
+	return c.do(proto.Request{Type: proto.CmdWriteZeroes, Offset: uint64(off), Length: uint64(n)}, nil, nil)
 }
 
 // Trim discards n bytes at off.
 func (c *Client) Trim(off int64, n uint32) error {
-	return c.do(proto.Request{Type: proto.CmdTrim, Offset: uint64(off), Length: n}, nil, nil)
+	return c.do(proto.Request{Type: proto.CmdTrim, Offset: uint64(off), Length: uint64(n)}, nil, nil)
 }

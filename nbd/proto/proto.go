@@ -23,6 +23,7 @@ const (
 	OptStructuredReply uint32 = 8
 	OptListMetaContext uint32 = 9
 	OptSetMetaContext  uint32 = 10
+	OptExtendedHeaders uint32 = 11
 
 	RepAck         uint32 = 1
 	RepServer      uint32 = 2
@@ -35,6 +36,8 @@ const (
 	RepErrUnknown  uint32 = 1<<31 + 6
 	RepErrShutdown uint32 = 1<<31 + 7
 	RepErrTooBig   uint32 = 1<<31 + 9
+	// RepErrExtHeaderReqd answers STRUCTURED_REPLY after EXTENDED_HEADERS.
+	RepErrExtHeaderReqd uint32 = 1<<31 + 10
 
 	InfoExport      uint16 = 0
 	InfoName        uint16 = 1
@@ -62,7 +65,13 @@ const (
 	RequestMagic uint32 = 0x25609513
 	SimpleMagic  uint32 = 0x67446698
 	RequestLen          = 28
-	ReplyLen            = 16
+
+	// Extended headers (proto.md, extension EXTENDED_HEADERS).
+	ExtendedRequestMagic uint32 = 0x21e41c71
+	ExtendedReplyMagic   uint32 = 0x6e8a278c
+	ExtendedLen                 = 32 // of a request and of a reply
+
+	ReplyLen = 16
 
 	CmdRead        uint16 = 0
 	CmdWrite       uint16 = 1
@@ -78,6 +87,9 @@ const (
 	CmdFlagDF       uint16 = 1 << 2
 	CmdFlagReqOne   uint16 = 1 << 3
 	CmdFlagFastZero uint16 = 1 << 4
+	// CmdFlagPayload says that Length counts bytes that follow the header; with
+	// extended headers only.
+	CmdFlagPayload uint16 = 1 << 5
 
 	// MaxPayload is the most data of one READ or WRITE, bytes.
 	MaxPayload = 32 << 20
@@ -89,14 +101,16 @@ const (
 const (
 	StructuredMagic uint32 = 0x668e33ef
 	ChunkLen               = 20 // header of a chunk
-	MaxReplyHeader         = ChunkLen + 8
+	MaxReplyHeader         = ExtendedLen + 8
 
 	ChunkDone uint16 = 1 // flag: the last chunk
 
 	ChunkNone        uint16 = 0
 	ChunkOffsetData  uint16 = 1
 	ChunkBlockStatus uint16 = 5
-	ChunkError       uint16 = 1<<15 + 1
+	// ChunkBlockStatusExt carries extents of 64 bits; with extended headers only.
+	ChunkBlockStatusExt uint16 = 6
+	ChunkError          uint16 = 1<<15 + 1
 
 	// BaseAllocation is the context that tells where data is; its status bits follow.
 	BaseAllocation        = "base:allocation"
@@ -113,6 +127,19 @@ func PutChunk(b []byte, typ uint16, cookie uint64, n int) {
 	be.PutUint16(b[6:], typ)
 	be.PutUint64(b[8:], cookie)
 	be.PutUint32(b[16:], uint32(n))
+}
+
+// PutExtendedChunk writes the header of the only chunk of a reply with extended
+// headers into b (ExtendedLen bytes); offset is the request's, n the length of
+// what follows.
+func PutExtendedChunk(b []byte, typ uint16, cookie, offset uint64, n int) {
+	be := binary.BigEndian
+	be.PutUint32(b, ExtendedReplyMagic)
+	be.PutUint16(b[4:], ChunkDone)
+	be.PutUint16(b[6:], typ)
+	be.PutUint64(b[8:], cookie)
+	be.PutUint64(b[16:], offset)
+	be.PutUint64(b[24:], uint64(n))
 }
 
 // Errno is an NBD error value; the protocol fixes the numbers.
@@ -135,7 +162,7 @@ type Request struct {
 	Flags, Type uint16
 	Cookie      uint64
 	Offset      uint64 // bytes
-	Length      uint32 // bytes
+	Length      uint64 // bytes; 32 bits of it without extended headers
 }
 
 // ParseRequest reads a header of RequestLen bytes; false: the magic is wrong,
@@ -143,8 +170,25 @@ type Request struct {
 func ParseRequest(b []byte) (r Request, ok bool) {
 	_ = b[RequestLen-1]
 	be := binary.BigEndian
-	return Request{Flags: be.Uint16(b[4:]), Type: be.Uint16(b[6:]), Cookie: be.Uint64(b[8:]), Offset: be.Uint64(b[16:]), Length: be.Uint32(b[24:])},
+	return Request{Flags: be.Uint16(b[4:]), Type: be.Uint16(b[6:]), Cookie: be.Uint64(b[8:]), Offset: be.Uint64(b[16:]), Length: uint64(be.Uint32(b[24:]))},
 		be.Uint32(b) == RequestMagic
+}
+
+// ParseExtendedRequest reads a header of ExtendedLen bytes; false: the magic is
+// wrong, and nothing after it can be understood.
+func ParseExtendedRequest(b []byte) (r Request, ok bool) {
+	_ = b[ExtendedLen-1]
+	be := binary.BigEndian
+	return Request{Flags: be.Uint16(b[4:]), Type: be.Uint16(b[6:]), Cookie: be.Uint64(b[8:]), Offset: be.Uint64(b[16:]), Length: be.Uint64(b[24:])},
+		be.Uint32(b) == ExtendedRequestMagic
+}
+
+// PutExtendedRequest writes a header into b (ExtendedLen bytes).
+func PutExtendedRequest(b []byte, r Request) {
+	PutRequest(b, r)
+	be := binary.BigEndian
+	be.PutUint32(b, ExtendedRequestMagic)
+	be.PutUint64(b[24:], r.Length)
 }
 
 // PutRequest writes a header into b (RequestLen bytes).
@@ -155,7 +199,7 @@ func PutRequest(b []byte, r Request) {
 	be.PutUint16(b[6:], r.Type)
 	be.PutUint64(b[8:], r.Cookie)
 	be.PutUint64(b[16:], r.Offset)
-	be.PutUint32(b[24:], r.Length)
+	be.PutUint32(b[24:], uint32(r.Length))
 }
 
 // PutReply writes a simple reply header into b (ReplyLen bytes).
@@ -173,6 +217,7 @@ type Limits struct {
 	Flags    uint16 // transmission flags sent
 	MaxBytes int    // of one READ or WRITE
 	Status   bool   // the client negotiated a meta context
+	Extended bool   // the client negotiated extended headers
 }
 
 // Validate checks a request against its export: OK, or the error to answer
@@ -196,6 +241,9 @@ func Validate(r Request, l Limits) Errno {
 		allowed |= CmdFlagReqOne
 	case CmdWrite:
 		write = true
+		if l.Extended {
+			allowed |= CmdFlagPayload
+		}
 	case CmdFlush:
 		if l.Flags&SendFlush == 0 || r.Offset != 0 || r.Length != 0 || r.Flags&^allowed != 0 {
 			return EINVAL
@@ -224,10 +272,10 @@ func Validate(r Request, l Limits) Errno {
 	if write && l.Flags&ReadOnly != 0 {
 		return EPERM
 	}
-	if (r.Type == CmdRead || r.Type == CmdWrite) && int64(r.Length) > int64(l.MaxBytes) {
+	if (r.Type == CmdRead || r.Type == CmdWrite) && r.Length > uint64(l.MaxBytes) {
 		return EOVERFLOW
 	}
-	if r.Offset > uint64(l.Size) || uint64(r.Length) > uint64(l.Size)-r.Offset {
+	if r.Offset > uint64(l.Size) || r.Length > uint64(l.Size)-r.Offset {
 		if r.Type == CmdWrite || r.Type == CmdWriteZeroes {
 			return ENOSPC
 		}
@@ -235,7 +283,7 @@ func Validate(r Request, l Limits) Errno {
 	}
 	mask := uint64(l.Block - 1)
 	if r.Type == CmdRead || r.Type == CmdWrite || r.Type == CmdWriteZeroes || r.Type == CmdBlockStatus {
-		if (r.Offset|uint64(r.Length))&mask != 0 {
+		if (r.Offset|r.Length)&mask != 0 {
 			return EINVAL
 		}
 	}

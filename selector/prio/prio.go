@@ -39,6 +39,9 @@ type Access interface {
 	Access(ctx context.Context, p Path) (prio int, state uint8, err error)
 }
 
+// Names are those that New knows; sysfs is alua here, netapp is ontap.
+var Names = []string{"const", "alua", "sysfs", "weightedpath", "path_latency", "random", "iet", "ontap", "netapp", "datacore", "emc", "rdac", "hds", "hp_sw"}
+
 // New makes a prioritizer from prio and prio_args.
 func New(name, args string) (Prio, error) {
 	switch name {
@@ -62,8 +65,16 @@ func New(name, args string) (Prio, error) {
 		return ontap{}, nil
 	case "datacore":
 		return newDatacore(args)
+	case "emc":
+		return emc{}, nil
+	case "rdac":
+		return rdac{}, nil
+	case "hds":
+		return hds{}, nil
+	case "hp_sw":
+		return hpSW{}, nil
 	}
-	return nil, fmt.Errorf("prio %q: want const, alua, weightedpath, path_latency, random, iet, ontap or datacore", name)
+	return nil, fmt.Errorf("prio %q: want %s", name, strings.Join(Names, ", "))
 }
 
 type constant struct{}
@@ -207,6 +218,9 @@ func newLatency(args string) (Prio, error) {
 func (latency) Name() string { return "path_latency" }
 
 func (l latency) Prio(ctx context.Context, p Path) (int, error) {
+	if p.Info.BlockSize <= 0 {
+		return 0, errors.New("the unit does not tell its block size through this path")
+	}
 	sum := 0.0
 	for range l.reads {
 		began := time.Now()

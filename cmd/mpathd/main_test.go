@@ -1,0 +1,53 @@
+package main
+
+import (
+	"io"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Wrong usage exits with 2 and says what is wanted; a daemon that is not there
+// is a failure, 1, and says where it was looked for.
+func TestExitCodesAndMessages(t *testing.T) {
+	none := "--control=" + filepath.Join(t.TempDir(), "none.sock")
+	for _, x := range []struct {
+		args []string
+		code int
+		says string
+	}{
+		{nil, 2, "want one of check, "},
+		{[]string{"nope"}, 2, `unknown command "nope": want one of check, `},
+		{[]string{"--bogus"}, 2, "unknown flag: --bogus"},
+		{[]string{"--log-format=xml", "show", "maps"}, 2, "want text or json"},
+		{[]string{"show"}, 2, "show: want one of config, maps, paths, status, topology"},
+		{[]string{"show", "nope"}, 2, `show: unknown command "nope"`},
+		{[]string{"show", "maps", "more"}, 2, "show maps: got more: want mpathd show maps"},
+		{[]string{"show", "maps", none}, 1, "none.sock: no daemon answers"},
+		{[]string{"fail"}, 2, "fail: got nothing: want mpathd fail PATH"},
+		{[]string{"fail", "x", none}, 1, "no daemon answers"},
+		{[]string{"switch", "map", "second", none}, 2, `group "second": want its number`},
+		{[]string{"switch", "map", "-1", none}, 2, "unknown shorthand flag"},
+		{[]string{"queue", "map", "maybe", none}, 2, "want on or off"},
+		{[]string{"resize", none}, 2, "want mpathd resize MAP"},
+		{[]string{"discover"}, 2, "want mpathd discover PORTAL..."},
+		{[]string{"drill"}, 2, "want mpathd drill MAP [PATH ...]"},
+		{[]string{"drill", "map", "--for=1h", none}, 2, "want 100ms to 10m"},
+		{[]string{"drill", "map", none}, 1, "no daemon answers"},
+		{[]string{"check", "/nonexistent"}, 1, "/nonexistent: no such file"},
+		{[]string{"wwid"}, 2, "name a PATH-URL or --vpd83 FILE"},
+		{[]string{"wwid", "--vpd83", "/dev/null"}, 1, "/dev/null"},
+		{[]string{"run", "--nbd", "nowhere", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "want unix:PATH or tcp:HOST:PORT"},
+		{[]string{"run", "http://x"}, 2, "want iscsi://"},
+		{[]string{"compat", "fdisk"}, 2, "multipath or multipathd"},
+	} {
+		logFormat = "text"
+		root := rootCommand()
+		root.SetArgs(x.args)
+		root.SetOut(io.Discard)
+		err := root.Execute()
+		require.ErrorContains(t, err, x.says, "%v", x.args)
+		require.Equal(t, x.code, exitCode(err), "%v: %v", x.args, err)
+	}
+}

@@ -1,0 +1,111 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/internal/faultnet"
+	"github.com/mpathd/mpathd/internal/realtarget"
+	"github.com/mpathd/mpathd/paths"
+)
+
+// A write lies unread in the socket of a server that is stopped (SIGSTOP), and is
+// executed when that goes on: the socket outlives our reset. Of the two servers of
+// the disk, only the one that stands still could end its session.
+func TestWriteInTheSocketOfAStoppedServer(t *testing.T) {
+	for _, protection := range []string{"hold", "off"} {
+		t.Run(protection, func(t *testing.T) {
+			image := filepath.Join(t.TempDir(), "image")
+			require.NoError(t, os.WriteFile(image, nil, 0o600))
+			require.NoError(t, os.Truncate(image, 64<<20))
+			var servers []realtarget.Target
+			var portals []string
+			for _, name := range []string{"one", "two"} {
+				s := realtarget.Start(t, "tgtd", realtarget.Options{Image: image, Name: "iqn.2009-01.nl.pref:storage." + name})
+				servers, portals = append(servers, s), append(portals, s.Portals()[0])
+			}
+			h := haunt(t, portals, func(i int, portal string) string { return realtarget.URL(servers[i], portal) }, "--ghost-protection", protection, "--failback", "immediate")
+			for i := range *ghostRounds {
+				h.stopped(servers[0].Process().Signal, protection, int64(1+i%60)<<20)
+			}
+		})
+	}
+}
+
+// stopped is one round: signal is for the first server.
+func (h *haunted) stopped(signal func(os.Signal) error, protection string, off int64) {
+	t := h.t
+	_, err := h.client.WriteAt(fill(4096, '0'), off)
+	require.NoError(t, err)
+	require.NoError(t, signal(syscall.SIGSTOP))
+	defer signal(syscall.SIGCONT)
+	defer h.patient("a request hangs")()
+	_, err = h.client.WriteAt(fill(4096, 'a'), off)
+	require.NoError(t, err)
+	over := make(chan error, 1)
+	go func() { over <- overwrite(h.client, off, 4096) }()
+	read := func() byte {
+		got := make([]byte, 4096)
+		_, err := h.client.ReadAt(got, off)
+		require.NoError(t, err)
+		return got[0]
+	}
+	if protection == "off" {
+		require.NoError(t, <-over)
+		signal(syscall.SIGCONT)
+		require.Eventually(t, func() bool { return read() == 'a' }, 20*time.Second, 10*time.Millisecond, "the control must revert, or the test proves nothing")
+	} else {
+		h.await("the overwrite waits", func(m paths.MapStatus) bool { return m.Safety.Held == 1 })
+		signal(syscall.SIGCONT)
+		require.NoError(t, <-over)
+	}
+	h.settled()
+	if protection != "off" {
+		require.Equal(t, byte('b'), read(), "an acknowledged write was reverted")
+	}
+}
+
+// gotgt answers a login with a known identity as if it reinstated that session,
+// and LOGICAL UNIT RESET as if it reset the unit: it does neither.
+func TestGotgtIsUntrusted(t *testing.T) {
+	target := realtarget.Start(t, "gotgt", realtarget.Options{})
+	h := haunt(t, target.Portals(), func(_ int, portal string) string { return realtarget.URL(target, portal) }, "--lenient")
+	for i := range *ghostRounds {
+		require.Equal(t, paths.Untrusted, h.await("up", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 }).Groups[0].Paths[0].Trust)
+		h.portals[0].Silence(faultnet.HoldAll)
+		done := make(chan error, 1)
+		go func() { _, err := h.client.WriteAt(fill(4096, 'a'), 1<<20); done <- err }()
+		h.await("at risk", func(m paths.MapStatus) bool { return len(m.Safety.Unfenced) == 1 })
+		h.portals[0].Heal()
+		require.NoError(t, <-done)
+		m := h.await("over", func(m paths.MapStatus) bool { return len(m.Safety.Unfenced) == 0 })
+		require.EqualValues(t, i+1, m.Safety.Fences["unproven"], "%v", m.Safety.Fences)
+		require.Zero(t, m.Safety.Fences["proven"])
+	}
+}
+
+// A new run ends the sessions of the one before because it logs in with their
+// identity, whatever became of the old process and in whatever order its paths come.
+func TestISIDOfAPathIsThatOfTheRunBefore(t *testing.T) {
+	h := newHaunted(t, "tgtd", "hold")
+	urls := slices.Clone(h.args[len(h.args)-2:])
+	for run := range 3 {
+		for i, p := range h.portals {
+			u, err := initiator.ParseURL(urls[i])
+			require.NoError(t, err)
+			require.Contains(t, p.ISIDs(), initiator.PathISID("iqn.2006-07.com.example.intra:hannibal", h.target.Name(), u.PathName()), "run %d, portal %d", run, i)
+		}
+		h.cmd.Process.Kill()
+		h.cmd.Wait()
+		slices.Reverse(h.args[len(h.args)-2:])
+		h.start()
+		h.await("all paths up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 })
+	}
+}

@@ -1,0 +1,72 @@
+package e2e
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/internal/target"
+)
+
+var fenceRounds = flag.Int("fence-rounds", 0, "failovers whose fence is timed; 0: none")
+
+// TestFenceTime measures, on a target behind two portals of which one falls
+// silent under a write, how much longer than the failover an overlapping write
+// takes, and what of that is the fence.
+func TestFenceTime(t *testing.T) {
+	if *fenceRounds == 0 {
+		t.Skip("run `make bench-fence`")
+	}
+	t.Run("tgtd", func(t *testing.T) { fenceTime(t, newHaunted(t, "tgtd", "hold")) })
+	t.Run("mpathd target", func(t *testing.T) {
+		lu, err := target.NewLU(64<<20, 512, target.DefaultIdentity("fence"))
+		require.NoError(t, err)
+		srv, err := target.New(target.Config{Targets: []*target.Target{{Name: "iqn.2026-11.example:fence", LUs: []*target.LU{lu}}}})
+		require.NoError(t, err)
+		t.Cleanup(srv.Kill)
+		var portals []string
+		for range 2 {
+			p, err := srv.Listen("127.0.0.1:0")
+			require.NoError(t, err)
+			portals = append(portals, p.Addr())
+		}
+		fenceTime(t, haunt(t, portals, func(_ int, portal string) string { return "iscsi://" + portal + "/iqn.2026-11.example:fence/0" }))
+	})
+}
+
+var tookOf = regexp.MustCompile(`old session fenced" .* took=(\S+)`)
+
+func fenceTime(t *testing.T, h *haunted) {
+	var failovers, more []time.Duration
+	for i := range *fenceRounds {
+		_, valid, took, changed := h.round(variants[0], i%60)
+		if valid {
+			failovers, more = append(failovers, took), append(more, changed)
+		}
+	}
+	var fences []time.Duration
+	for _, m := range tookOf.FindAllStringSubmatch(h.log.String(), -1) {
+		d, err := time.ParseDuration(m[1])
+		require.NoError(t, err)
+		fences = append(fences, d)
+	}
+	load, _ := os.ReadFile("/proc/loadavg")
+	t.Logf("%d rounds, load %s\nfailover       %s\nfence          %s\noverlap, more  %s", len(more), strings.TrimSpace(string(load)), quantiles(failovers), quantiles(fences), quantiles(more))
+}
+
+// quantiles are median, 99th percentile and longest of some durations.
+func quantiles(d []time.Duration) string {
+	if len(d) == 0 {
+		return "-"
+	}
+	slices.Sort(d)
+	round := func(d time.Duration) time.Duration { return d.Round(10 * time.Microsecond) }
+	return fmt.Sprintf("p50 %v  p99 %v  max %v", round(d[len(d)/2]), round(d[(len(d)-1)*99/100]), round(d[len(d)-1]))
+}

@@ -1,0 +1,61 @@
+package attach
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestRefusalsNameTheReason(t *testing.T) {
+	root := t.TempDir()
+	put := func(at, text string) {
+		at = filepath.Join(root, at)
+		require.NoError(t, os.MkdirAll(filepath.Dir(at), 0o755))
+		require.NoError(t, os.WriteFile(at, []byte(text), 0o644))
+	}
+	put("proc/sys/kernel/osrelease", "5.10.0-33-amd64\n")
+	require.ErrorContains(t, tooOld(root, 0, "mpathd:3600"), "too old (5.10.0-33-amd64)")
+	put("sys/block/nbd0/backend", "mpathd:3600\n")
+	require.NoError(t, tooOld(root, 0, "mpathd:3600"))
+
+	require.Empty(t, holder(root, 1))
+	put("sys/block/nbd1/pid", "812\n")
+	require.Equal(t, " by something that is no mpathd", holder(root, 1))
+	put("proc/812/comm", "nbd-client\n")
+	require.Equal(t, " by process 812 (nbd-client)", holder(root, 1))
+	require.Equal(t, " as the backend mpathd:3600", holder(root, 0))
+
+	_, err := Connect(Options{Device: "/dev/sda"})
+	require.ErrorContains(t, err, "want /dev/nbdX")
+	_, err = Open("/dev/nbd9999")
+	require.ErrorContains(t, err, "is not attached by mpathd")
+}
+
+func TestADeviceHasOneName(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "mpath")
+	_, err := linkIn(dir, "old", "/dev/nbd0")
+	require.NoError(t, err)
+	_, err = linkIn(dir, "neighbour", "/dev/nbd1")
+	require.NoError(t, err)
+	remove, err := linkIn(dir, "new", "/dev/nbd0") // the run before died, and the alias changed
+	require.NoError(t, err)
+	names := func() (out []string) {
+		entries, err := os.ReadDir(dir)
+		require.NoError(t, err)
+		for _, e := range entries {
+			to, _ := os.Readlink(filepath.Join(dir, e.Name()))
+			out = append(out, e.Name()+" "+to)
+		}
+		return out
+	}
+	require.Equal(t, []string{"neighbour /dev/nbd1", "new /dev/nbd0"}, names())
+
+	_, err = linkIn(dir, "new", "/dev/nbd2") // somebody else's by now
+	require.NoError(t, err)
+	remove()
+	require.Equal(t, []string{"neighbour /dev/nbd1", "new /dev/nbd2"}, names())
+	_, err = linkIn(dir, "../x", "/dev/nbd0")
+	require.ErrorContains(t, err, "not a file name")
+}

@@ -1,0 +1,213 @@
+package nbd
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"math/rand/v2"
+	"net"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/nbd/proto"
+)
+
+// twoExports serves "disk", full of 1s, and "other", full of 2s.
+func twoExports(t *testing.T, c Config) (s *Server, dial func(export string) *peer) {
+	s = NewServer(c)
+	for i, name := range []string{"disk", "other"} {
+		require.NoError(t, s.AddExport(Export{Name: name, Device: &ram{data: bytes.Repeat([]byte{byte(i + 1)}, 64<<20)}}))
+	}
+	sock := filepath.Join(t.TempDir(), "n")
+	ln := listenUnix(t, sock)
+	go s.Serve(ln, Access{})
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		require.NoError(t, s.Shutdown(ctx))
+	})
+	return s, func(export string) *peer {
+		nc, err := net.Dial("unix", sock)
+		require.NoError(t, err)
+		t.Cleanup(func() { nc.Close() })
+		nc.SetDeadline(time.Now().Add(30 * time.Second))
+		p := &peer{t, nc}
+		if export != "" {
+			p.hello(3)
+			p.Write(option(proto.OptExportName, []byte(export)))
+			p.get(10)
+		}
+		return p
+	}
+}
+
+// reads takes n bytes within the given time and returns how long that took.
+func (p *peer) reads(n uint32, within time.Duration) time.Duration {
+	p.t.Helper()
+	began := time.Now()
+	p.SetDeadline(began.Add(within))
+	p.ask(proto.CmdRead, 0, 77, 0, n, nil)
+	e, c := p.answer()
+	require.Equal(p.t, proto.OK, e)
+	require.EqualValues(p.t, 77, c)
+	p.get(int(n))
+	return time.Since(began)
+}
+
+// unread asks for count times n bytes and takes none of the answers.
+func (p *peer) unread(count int, n uint32) {
+	for i := range count {
+		p.ask(proto.CmdRead, 0, uint64(i), 0, n, nil)
+	}
+}
+
+// Requests that the reader took from the socket together are submitted together:
+// waiting for memory must not hold back those that will give some.
+func TestRequestsBeyondTheBudgetInOneBatch(t *testing.T) {
+	_, dial := twoExports(t, Config{MaxBytes: 4 << 20})
+	p := dial("disk")
+	var b []byte
+	for i := range uint64(64) {
+		rq := make([]byte, proto.RequestLen)
+		proto.PutRequest(rq, proto.Request{Type: proto.CmdRead, Cookie: i, Length: 1 << 20})
+		b = append(b, rq...)
+	}
+	p.Write(b)
+	for range 64 {
+		e, _ := p.answer()
+		require.Equal(t, proto.OK, e)
+		p.get(1 << 20)
+	}
+}
+
+func TestAClientThatHoldsItsShareCostsNobodyElse(t *testing.T) {
+	_, dial := twoExports(t, Config{MaxBytes: 8 << 20, stuck: time.Hour})
+	greedy := dial("disk")
+	greedy.unread(64, 1<<20)
+	half := dial("disk") // a write whose payload never comes
+	half.ask(proto.CmdWrite, 0, 1, 0, 2<<20, []byte("x"))
+	time.Sleep(300 * time.Millisecond)
+	for range 20 {
+		dial("disk").reads(1<<20, 2*time.Second)
+	}
+	// A request larger than the whole budget has memory of its own.
+	dial("other").reads(proto.MaxPayload, 10*time.Second)
+}
+
+func TestClientsThatHoldAllBuffersAndDoNothingAreCut(t *testing.T) {
+	s, dial := twoExports(t, Config{MaxBytes: 8 << 20, stuck: 3 * time.Second})
+	var stuck []*peer
+	for range 2 {
+		p := dial("disk")
+		p.unread(64, 1<<20)
+		stuck = append(stuck, p)
+	}
+	clients := &s.exports["disk"].clients
+	require.Eventually(t, func() bool {
+		clients.mu.Lock()
+		defer clients.mu.Unlock()
+		return clients.arena != nil && clients.arena.Out() == s.cfg.MaxBytes
+	}, 5*time.Second, time.Millisecond)
+	go func(p *peer) { // a little now and then is as good as nothing
+		for b := make([]byte, 4096); ; time.Sleep(60 * time.Millisecond) {
+			if _, err := p.Read(b); err != nil {
+				return
+			}
+		}
+	}(stuck[1])
+	p := dial("disk")
+	p.ask(proto.CmdWrite, 0, 1, 0, 4<<20, []byte("x"))
+	stuck = append(stuck, p)
+	time.Sleep(300 * time.Millisecond)
+	require.Less(t, dial("other").reads(1<<20, 2*time.Second), time.Second, "another export has to wait")
+	dial("disk").reads(8<<20, 20*time.Second)
+	for _, p := range stuck {
+		p.SetDeadline(time.Now().Add(10 * time.Second))
+		p.closed()
+	}
+	require.Eventually(t, func() bool { return s.Connections("disk") <= 2 }, 5*time.Second, 10*time.Millisecond)
+}
+
+// A client that reads slowly is no stuck one, though the kernel holds much for it
+// and takes nothing more for a while.
+func TestAClientThatReadsSlowlyIsNotCut(t *testing.T) {
+	_, dial := twoExports(t, Config{MaxBytes: 8 << 20, stuck: 500 * time.Millisecond})
+	ended := make(chan error, 2)
+	for range cap(ended) {
+		p := dial("disk")
+		p.unread(64, 1<<20)
+		go func() {
+			b := make([]byte, 32<<10)
+			for range 4 * time.Second / (50 * time.Millisecond) {
+				if _, err := io.ReadFull(p, b); err != nil {
+					ended <- err
+					return
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			ended <- nil
+		}()
+	}
+	time.Sleep(100 * time.Millisecond)
+	p := dial("disk") // waits for their buffers
+	p.unread(8, 1<<20)
+	for range cap(ended) {
+		require.NoError(t, <-ended)
+	}
+}
+
+func TestAFloodOfSilentClientsKeepsNobodyOut(t *testing.T) {
+	_, dial := twoExports(t, Config{MaxConnections: 8})
+	for range 200 {
+		dial("")
+	}
+	for range 8 {
+		dial("disk").reads(4096, 2*time.Second)
+	}
+	before := runtime.NumGoroutine()
+	for range 200 {
+		dial("")
+	}
+	time.Sleep(200 * time.Millisecond)
+	require.Less(t, runtime.NumGoroutine(), before+30, "silent clients pile up")
+}
+
+// All that one export's clients get is that export's, whatever they ask for
+// and however it ends.
+func TestNoReplyCarriesAnotherExportsData(t *testing.T) {
+	_, dial := twoExports(t, Config{MaxBytes: 4 << 20, MaxRequests: 8})
+	const rounds = 3000
+	done := make(chan struct{})
+	other := dial("other")
+	go func() { // keeps buffers full of the other export's data moving
+		defer close(done)
+		for range rounds {
+			other.ask(proto.CmdRead, 0, 1, 0, 64<<10, nil)
+			io.ReadFull(other, make([]byte, proto.ReplyLen+64<<10))
+		}
+	}()
+	p := dial("disk")
+	r := rand.New(rand.NewPCG(1, 2))
+	for range rounds {
+		n, off := uint32(r.IntN(128<<10)), uint64(r.Int64N(66<<20))
+		if r.IntN(8) == 0 {
+			off = r.Uint64()
+		}
+		p.ask(proto.CmdRead, uint16(r.IntN(2)*r.IntN(32)), 5, off, n, nil)
+		e, _ := p.answer()
+		if e != proto.OK {
+			continue
+		}
+		require.LessOrEqual(t, off+uint64(n), uint64(64<<20))
+		for _, v := range p.get(int(n)) {
+			if v != 1 {
+				t.Fatalf("a byte %d at %d+%d", v, off, n)
+			}
+		}
+	}
+	<-done
+}

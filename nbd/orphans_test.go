@@ -1,0 +1,114 @@
+package nbd
+
+import (
+	"bytes"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/nbd/proto"
+)
+
+func (p *peer) write(cookie uint64, b byte) {
+	p.ask(proto.CmdWrite, 0, cookie, 0, 512, bytes.Repeat([]byte{b}, 512))
+}
+
+// holdAll makes the device keep what comes until release.
+func (d *ram) holdAll() {
+	d.mu.Lock()
+	d.hold = true
+	d.mu.Unlock()
+}
+
+// written is the first byte of each write that the device was given, in order.
+func (d *ram) written() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return string(d.sent)
+}
+
+// began waits until the nth connection has begun.
+func began(t *testing.T, s *Server, nth uint64) {
+	t.Helper()
+	o := &s.find("disk").orphans
+	require.Eventually(t, func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return o.last == nth
+	}, 5*time.Second, time.Millisecond)
+}
+
+// alone waits until one connection is left.
+func alone(t *testing.T, s *Server) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return len(s.conns) == 1
+	}, 5*time.Second, time.Millisecond)
+}
+
+func (p *peer) answered(cookie uint64) {
+	p.t.Helper()
+	e, got := p.answer()
+	require.Equal(p.t, proto.OK, e)
+	require.Equal(p.t, cookie, got)
+}
+
+// The outage that taught it: a client connected again twice while no path was
+// there. What the second connection had waiting was sent once a path came back,
+// after the third one's writes of the same blocks.
+func TestWritesThatWaitAreNotSentOnceTheirClientHasConnectedAgain(t *testing.T) {
+	s, d, dial := newServer(t, Config{})
+	d.holdAll()
+	a := dial().enter()
+	a.write(1, 'a')
+	require.Eventually(t, func() bool { return d.written() == "a" }, 5*time.Second, time.Millisecond)
+	a.Close()
+	b := dial().enter()
+	for i := range uint64(8) { // the first waits for a's, the others are behind it
+		b.write(i, 'b')
+	}
+	b.Close()
+	c := dial().enter()
+	began(t, s, 3)
+	c.write(1, 'c')
+	d.release()
+	c.answered(1)
+	alone(t, s)
+	require.Equal(t, "ac", d.written())
+}
+
+// What a connection has no slot for is not even read when its client goes.
+func TestWritesThatWaitForASlotAreNotSentOnceTheirClientHasConnectedAgain(t *testing.T) {
+	s, d, dial := newServer(t, Config{MaxRequests: 1})
+	d.holdAll()
+	a := dial().enter()
+	a.write(1, 'a')
+	a.write(2, 'b')
+	require.Eventually(t, func() bool { return d.written() == "a" }, 5*time.Second, time.Millisecond)
+	a.Close()
+	b := dial().enter()
+	began(t, s, 2)
+	b.write(1, 'c')
+	d.release()
+	b.answered(1)
+	alone(t, s)
+	require.Equal(t, "ac", d.written())
+}
+
+// A client that sends no more and reads no replies holds up nobody's writes.
+func TestRepliesThatNobodyReadsHoldUpNoWrites(t *testing.T) {
+	_, d, dial := newServer(t, Config{})
+	a := dial().enter()
+	const size, n = 1 << 20, 8 // more than a socket takes
+	for i := range uint64(n) {
+		a.ask(proto.CmdRead, 0, i, 0, size, nil)
+	}
+	require.Eventually(t, func() bool { return len(d.requests()) == n }, 5*time.Second, time.Millisecond)
+	require.NoError(t, a.Conn.(interface{ CloseWrite() error }).CloseWrite())
+	b := dial().enter()
+	b.write(1, 'b')
+	b.answered(1)
+}

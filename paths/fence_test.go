@@ -1,0 +1,380 @@
+package paths
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/initiator"
+)
+
+// ambiguous kills A with a write of block 1 under way and lets B acknowledge it;
+// A stays away.
+func ambiguous(t *testing.T, g *Group, doors []*door, dn *done) {
+	w := writeOf(dn, 1, 1)
+	submit(g, w)
+	doors[0].set(true)
+	doors[0].session().Abort(errDoor)
+	synctest.Wait()
+	doors[1].session().end(0, "good")
+	require.NoError(t, w.Err)
+	require.Len(t, g.ledger.of("A"), 1)
+}
+
+func TestFenceCommandThatFailsRunsAgainUntilItSucceeds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var calls []FenceRequest
+		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, FenceWait: 20 * time.Second, FenceCommand: func(ctx context.Context, r FenceRequest) error {
+			calls = append(calls, r)
+			if len(calls) == 1 {
+				return errors.New("no")
+			}
+			if len(calls) == 2 { // hangs: only its time ends it
+				<-ctx.Done()
+				return ctx.Err()
+			}
+			return nil
+		}}, 2, 8)
+		defer closeGroup(g)
+		synctest.Wait()
+		dn := newDone()
+		ambiguous(t, g, doors, dn)
+		over := writeOf(dn, 1, 2)
+		submit(g, over)
+		time.Sleep(25 * time.Second)
+		synctest.Wait()
+		require.Len(t, calls, 2)
+		require.Zero(t, dn.count(over))
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		require.Len(t, calls, 3)
+		require.Equal(t, FenceRequest{Map: "m", WWID: g.lu().WWID, Path: "A", Target: "iqn.t"}, calls[2])
+		endAll(doors[1].session())
+		require.EqualValues(t, 2, d.data[fakeBlock])
+		require.EqualValues(t, 1, g.Snapshot().Safety.Fences[fenceCommand])
+		time.Sleep(time.Hour)
+		require.Len(t, calls, 3, "it fences what is fenced")
+	})
+}
+
+// A map that does not queue for ever does not hold for ever either.
+func TestHeldWriteFailsWhereTheMapDoesNotQueue(t *testing.T) {
+	for _, c := range []struct {
+		retry int
+		fails time.Duration // 0: never
+	}{{Fail, 10 * time.Second}, {5, 25 * time.Second}, {Queue, 0}} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, _ := newGroup(t, Config{NoPathRetry: c.retry, FenceWait: 10 * time.Second, PollingInterval: 5 * time.Second}, 2, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			dn := newDone()
+			ambiguous(t, g, doors, dn)
+			over, elsewhere := writeOf(dn, 1, 2), writeOf(dn, 2, 2)
+			submit(g, over)
+			if c.fails == 0 {
+				time.Sleep(time.Hour)
+				require.Zero(t, dn.count(over))
+				return
+			}
+			time.Sleep(c.fails - time.Second)
+			require.Zero(t, dn.count(over))
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+			require.ErrorIs(t, over.Err, block.ErrIO)
+			again := writeOf(dn, 1, 3)
+			submit(g, again, elsewhere)
+			require.ErrorIs(t, again.Err, block.ErrIO)
+			endAll(doors[1].session())
+			require.NoError(t, elsewhere.Err)
+			doors[0].set(false) // the fence
+			time.Sleep(10 * time.Second)
+			last := writeOf(dn, 1, 4)
+			submit(g, last)
+			for _, d := range doors {
+				endAll(d.session())
+			}
+			require.NoError(t, last.Err)
+		})
+	}
+}
+
+// lazy is a session that its target serves no more after the next login, but
+// closes only when it is spoken to.
+type lazy struct {
+	*fake
+	over atomic.Bool
+}
+
+func (l *lazy) Do(ctx context.Context, c *initiator.Command) error {
+	if l.over.Load() {
+		l.Abort(errDoor)
+		<-l.Done()
+	}
+	return l.fake.Do(ctx, c)
+}
+
+func TestTargetThatClosesAnEndedSessionOnlyWhenSpokenToReinstates(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, _ := newGroup(t, Config{NoPathRetry: Queue}, 1, 8)
+		defer closeGroup(g)
+		b := &door{d: doors[0].d, depth: 8}
+		var before *lazy
+		_, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.lazy", Order: -1,
+			Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+				s, err := b.open(ctx, onState, onRoom)
+				if err != nil {
+					return nil, err
+				}
+				if before != nil {
+					before.over.Store(true)
+				}
+				before = &lazy{fake: s.(*fake)}
+				return before, nil
+			},
+			OpenAt: func(context.Context, string) (Session, error) { return nil, errDoor }}, g.Info())
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		require.Equal(t, "B", g.table.Load().paths[0].Name, "the path is not up")
+		require.Equal(t, Reinstates, g.paths[0].trust)
+		require.Equal(t, 1+selfTests, b.logins)
+	})
+}
+
+// A target whose login ends nothing: what the operator configured decides when
+// its old sessions are over, not its word.
+func TestWordOfAnUntrustedTargetDoesNotEndTheQuarantine(t *testing.T) {
+	for _, quarantine := range []time.Duration{0, time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, _ := newGroup(t, Config{NoPathRetry: Queue, Quarantine: quarantine}, 1, 8)
+			defer closeGroup(g)
+			b := &door{d: doors[0].d, depth: 8}
+			_, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.liar", Order: -1, Open: b.open,
+				OpenAt: func(context.Context, string) (Session, error) { return nil, errDoor }}, g.Info())
+			require.NoError(t, err)
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			require.Equal(t, Untrusted, g.paths[0].trust)
+			require.Equal(t, "B", g.table.Load().paths[0].Name)
+			dn := newDone()
+			w, over := writeOf(dn, 1, 1), writeOf(dn, 1, 2)
+			submit(g, w)
+			b.session().Abort(errDoor)
+			synctest.Wait()
+			endAll(doors[0].session())
+			submit(g, over)
+			time.Sleep(10 * time.Second)
+			st := g.Snapshot()
+			if quarantine == 0 {
+				require.EqualValues(t, 1, st.Safety.Fences[fenceUnproven])
+				return
+			}
+			require.Zero(t, dn.count(over))
+			require.Equal(t, 1, st.Safety.Held)
+			require.Equal(t, 1, st.Paths.Usable, "the path serves although its old session may still write")
+			time.Sleep(time.Minute)
+			st = g.Snapshot()
+			require.EqualValues(t, 1, st.Safety.Fences[fenceTimed])
+			require.Equal(t, 2, st.Paths.Usable)
+		})
+	}
+}
+
+// One path of two servers failed and came back: unasked, I/O stays where it is.
+func TestTwoServersAreStickyUnlessFailbackIsAskedFor(t *testing.T) {
+	for _, failback := range []string{"", Immediate} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors := twoServers(t, Config{NoPathRetry: Queue, Failback: failback})
+			defer closeGroup(g)
+			time.Sleep(settleTime + time.Second)
+			require.Equal(t, "A", g.table.Load().paths[0].Name)
+			doors[0].session().Abort(errDoor)
+			time.Sleep(5 * time.Second)
+			require.Equal(t, 2, g.Snapshot().Paths.Usable)
+			want := map[string]string{"": "B", Immediate: "A"}[failback]
+			require.Equal(t, want, g.table.Load().paths[0].Name)
+		})
+	}
+}
+
+// resettable is a fake session with LOGICAL UNIT RESET.
+type resettable struct {
+	*fake
+	resets *atomic.Int64
+}
+
+func (r resettable) LUReset(context.Context, [8]byte) error {
+	r.resets.Add(1)
+	if len(r.pending()) > 0 || len(r.issued) > 0 {
+		panic("a fence reset the unit on a session that carries I/O")
+	}
+	return nil
+}
+
+// A portal may lead elsewhere since the self-test: a login there ends nothing.
+func TestPortalThatLeadsToAnotherDiskIsNoFence(t *testing.T) {
+	for _, same := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, d := newGroup(t, Config{NoPathRetry: Queue}, 2, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			there := &door{d: d, depth: 8}
+			if !same {
+				there.d = &disk{id: 2}
+			}
+			var resets atomic.Int64
+			a, b := g.paths[0], g.paths[1]
+			g.mu.Lock()
+			a.via[b] = true
+			a.OpenAt = func(ctx context.Context, _ string) (Session, error) {
+				s, err := there.open(ctx, a.onState, a.onRoom)
+				if err != nil {
+					return nil, err
+				}
+				return resettable{s.(*fake), &resets}, nil
+			}
+			a.trust = Reinstates
+			g.mu.Unlock()
+			dn := newDone()
+			w := writeOf(dn, 1, 1)
+			submit(g, w)
+			doors[0].set(true)
+			doors[0].session().Abort(errDoor)
+			time.Sleep(5 * time.Second)
+			if same {
+				require.Empty(t, g.ledger.of("A"))
+				require.EqualValues(t, 1, resets.Load())
+			} else {
+				require.Len(t, g.ledger.of("A"), 1, "another disk's portal counted as the fence")
+				require.Zero(t, resets.Load(), "it reset a disk that is not its own")
+			}
+			endAll(doors[1].session())
+		})
+	}
+}
+
+// listening is a fake session that could tell of a reset.
+type listening struct{ *fake }
+
+func (listening) OnNotice(func(initiator.Notice)) {}
+
+// resetting is a fake session whose LOGICAL UNIT RESET the test plays.
+type resetting struct {
+	*fake
+	reset func()
+}
+
+func (r resetting) LUReset(context.Context, [8]byte) error { r.reset(); return nil }
+
+// Only a session that was there before a reset must hear of it.
+func TestSessionThatBeginsDuringAResetIsNoWitness(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d := newGroup(t, Config{NoPathRetry: Queue}, 2, 8)
+		defer closeGroup(g)
+		synctest.Wait()
+		a, b := g.paths[0], g.paths[1]
+		there := &door{d: d, depth: 8}
+		g.mu.Lock()
+		b.Open = func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+			s, err := doors[1].open(ctx, onState, onRoom)
+			if err != nil {
+				return nil, err
+			}
+			return listening{s.(*fake)}, nil
+		}
+		a.via[b] = true
+		a.OpenAt = func(ctx context.Context, _ string) (Session, error) {
+			s, err := there.open(ctx, a.onState, a.onRoom)
+			if err != nil {
+				return nil, err
+			}
+			return resetting{s.(*fake), func() {
+				endAll(doors[1].session())
+				doors[1].session().Abort(errDoor)
+				time.Sleep(time.Second)
+				require.NotNil(t, b.current.Load(), "B has to be back")
+			}}, nil
+		}
+		a.trust = Reinstates
+		g.mu.Unlock()
+		w := writeOf(newDone(), 1, 1)
+		submit(g, w)
+		doors[0].set(true)
+		doors[0].session().Abort(errDoor)
+		time.Sleep(5 * time.Second)
+		require.Equal(t, map[string]int64{fenceProven: 1}, g.Snapshot().Safety.Fences)
+	})
+}
+
+// lapsing is an opener of paths whose target ends a session when its initiator
+// logs in anew.
+func lapsing(d *door, resets *atomic.Int64) Opener {
+	return func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+		if old := d.session(); old != nil {
+			old.Abort(errDoor)
+			<-old.Done()
+		}
+		s, err := d.open(ctx, onState, onRoom)
+		if err != nil {
+			return nil, err
+		}
+		return resettable{s.(*fake), resets}, nil
+	}
+}
+
+// What the self-test finds is told, remembered for while it cannot be asked, and
+// decides whether a fence needs a reset.
+func TestClassOfATargetIsTestedRememberedAndUsed(t *testing.T) {
+	for _, waits := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			told := map[string]Trust{}
+			g, doors, _ := newGroup(t, Config{NoPathRetry: Queue, Waits: waits, Classes: map[string]Trust{"iqn.known": Untrusted}, OnClass: func(n string, c Trust) { told[n] = c }}, 1, 8)
+			defer closeGroup(g)
+			var resets atomic.Int64
+			a := &door{d: doors[0].d, depth: 8}
+			away := &door{d: doors[0].d, closed: true}
+			at := func(context.Context, string) (Session, error) { return nil, errDoor }
+			for name, d := range map[string]*door{"iqn.good": a, "iqn.known": away} {
+				_, err := g.AddPath(PathConfig{Name: name, Target: name, Order: -1, Open: lapsing(d, &resets), OpenAt: at}, g.Info())
+				require.NoError(t, err)
+			}
+			time.Sleep(5 * time.Second)
+			want := Reinstates
+			if waits {
+				want = Waits
+			}
+			synctest.Wait()
+			require.Equal(t, map[string]Trust{"iqn.good": want}, told)
+			class := func(name string) (c Trust) {
+				for _, pg := range g.Snapshot().Groups {
+					for _, p := range pg.Paths {
+						if p.Name == name {
+							c = p.Trust
+						}
+					}
+				}
+				return c
+			}
+			require.Equal(t, want, class("iqn.good"))
+			require.Equal(t, Untrusted, class("iqn.known"))
+			require.Zero(t, resets.Load(), "a reset at bring-up")
+
+			require.Equal(t, "iqn.good", g.table.Load().paths[0].Name)
+			dn := newDone()
+			w := writeOf(dn, 1, 1)
+			submit(g, w)
+			a.session().Abort(errDoor)
+			time.Sleep(5 * time.Second)
+			require.EqualValues(t, 1, g.Snapshot().Safety.Fences[fenceProven])
+			require.Equal(t, map[bool]int64{false: 1, true: 0}[waits], resets.Load())
+			endAll(doors[0].session())
+			require.NoError(t, w.Err)
+		})
+	}
+}

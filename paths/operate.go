@@ -1,0 +1,159 @@
+package paths
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/mpathd/mpathd/block"
+)
+
+// What the operator can do to a running map.
+
+// SetQueueing overrides no_path_retry until the daemon restarts.
+func (g *Group) SetQueueing(on bool) {
+	g.mu.Lock()
+	g.forced = -1
+	if on {
+		g.forced = 1
+	}
+	hopeless := !on && len(g.table.Load().all) == 0
+	g.mu.Unlock()
+	g.restart()
+	if hopeless {
+		g.failHeld(block.ErrNoPath)
+	}
+}
+
+func (g *Group) path(name string) (*Path, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.paths {
+		if p.Name == name || p.URL == name {
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("map %s has no path %q", g.cfg().Alias, name)
+}
+
+// Reconfigure replaces the policy of the map while it runs. Names, logger, queue
+// depth and the callbacks stay as they are.
+func (g *Group) Reconfigure(c Config) error {
+	old := g.cfg().Config
+	c.Alias, c.WWID, c.Merge, c.QueueDepth, c.Logger = old.Alias, old.WWID, old.Merge, old.QueueDepth, old.Logger
+	c.OnRisk, c.OnResize, c.OnLUNs, c.OnClass = old.OnRisk, old.OnResize, old.OnLUNs, old.OnClass
+	c.Unfenced, c.Classes = nil, old.Classes
+	pol, err := newPolicy(c, g.lu())
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	if pol.Policy == "multibus" && !pol.MultibusServers {
+		for _, p := range g.paths {
+			if p.Target != g.paths[0].Target {
+				g.mu.Unlock()
+				return errServers(c.Alias, g.paths[0].Target, p.Target)
+			}
+		}
+	}
+	g.policy.Store(pol)
+	g.forgiveGray()
+	g.hedge()
+	g.maxIO.Store(g.largest(g.lu()))
+	g.decideThrough()
+	g.publish()
+	g.mu.Unlock()
+	g.restart()
+	if pol.Protection != old.Protection {
+		g.failHeld(nil) // goes on; what the new mode still holds is held again
+	}
+	g.rankOthers(nil)
+	return nil
+}
+
+// RemovePaths ends the paths that which picks. Their commands come back first;
+// one that may hold unflushed writes stays, with an error in the log.
+func (g *Group) RemovePaths(which func(PathConfig) bool) {
+	g.mu.Lock()
+	var gone []*Path
+	for _, p := range g.paths {
+		if which(p.PathConfig) {
+			gone = append(gone, p)
+		}
+	}
+	g.mu.Unlock()
+	for _, p := range gone {
+		if p.passDirt(); p.unflushed() {
+			g.log.Error("path not removed: its server holds writes that were not flushed", "path", p.Name, "do", "flush (sync) and reconfigure again")
+			continue
+		}
+		g.mu.Lock()
+		if g.closed {
+			g.mu.Unlock()
+			return
+		}
+		g.paths = slices.DeleteFunc(g.paths, func(x *Path) bool { return x == p })
+		p.failedByHand = true
+		p.stopGray()
+		if g.active == p {
+			g.active = nil
+		}
+		p.stop()
+		g.publish()
+		g.mu.Unlock()
+		<-p.gone
+		g.mu.Lock()
+		every := slices.Clone(g.paths)
+		g.everyPath.Store(&every)
+		g.mu.Unlock()
+		g.restart()
+		g.log.Info("path removed", "path", p.Name)
+	}
+}
+
+// FailPath takes a path out of service until ReinstatePath.
+func (g *Group) FailPath(name string) error {
+	p, err := g.path(name)
+	if err != nil {
+		return err
+	}
+	g.mu.Lock()
+	p.failedByHand = true
+	p.lastError = errByHand.Error()
+	s := p.session
+	g.publish()
+	g.mu.Unlock()
+	if s != nil {
+		s.Abort(errByHand)
+	}
+	return nil
+}
+
+var errByHand = errors.New("failed by the operator")
+
+// ReinstatePath lets a path serve again, after login and identity check.
+func (g *Group) ReinstatePath(name string) error {
+	p, err := g.path(name)
+	if err != nil {
+		return err
+	}
+	p.set(func() { p.failedByHand, p.wrongLU, p.shrunk = false, false, false })
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// DeclareFenced is the operator's word that nothing sent on a path's old
+// session can execute any more (its server is off, say).
+func (g *Group) DeclareFenced(name string) error {
+	es := g.ledger.of(name)
+	if len(es) == 0 {
+		return fmt.Errorf("map %s: path %q has no unfenced session", g.cfg().Alias, name)
+	}
+	for _, e := range es {
+		g.closeEpoch(e, fenceDeclared, "operator")
+	}
+	return nil
+}

@@ -1,0 +1,318 @@
+package paths
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/mpathd/mpathd/initiator"
+)
+
+// Targets is what the maps of a process know together of the targets behind
+// their paths. LOGICAL UNIT RESET should end commands and nothing else. Some
+// targets (istgt) end every other session of the same initiator with it. With
+// writes under way those sessions are old sessions to be fenced, by a reset that
+// ends the next ones, and so on for ever. There the maps let what is under way
+// end first, and wait: a reset then meets sessions without writes.
+type Targets struct {
+	mu     sync.Mutex
+	groups map[*Group]bool
+	known  map[string]*knownTarget
+}
+
+type knownTarget struct {
+	turn   chan struct{} // held by a fence of a target whose reset ends sessions
+	resets int           // under way
+	reset  time.Time     // end of the last one
+	ends   bool          // a reset ends sessions
+	told   bool          // a reset was told to other sessions
+}
+
+// NewTargets is for Config.Targets.
+func NewTargets() *Targets {
+	return &Targets{groups: map[*Group]bool{}, known: map[string]*knownTarget{}}
+}
+
+const (
+	resetEcho   = 2 * time.Second // after a reset, in which an end that it caused is seen
+	quietTime   = 5 * time.Second // for what is under way, before a reset goes ahead all the same
+	quietReturn = 5 * time.Second // for a path to come back after a reset
+	quietPoll   = 2 * time.Millisecond
+)
+
+// of is what is known of a target. Caller holds mu.
+func (ts *Targets) of(target string) *knownTarget {
+	k := ts.known[target]
+	if k == nil {
+		k = &knownTarget{turn: make(chan struct{}, 1)}
+		ts.known[target] = k
+	}
+	return k
+}
+
+// endsSessions tells whether a reset is known to end sessions of the target.
+func (ts *Targets) endsSessions(target string) bool {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	return ts.of(target).ends
+}
+
+// remember sets what endsSessions tells, and tells whether that is news.
+func (ts *Targets) remember(target string, ends bool) bool {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	k := ts.of(target)
+	news := k.ends != ends
+	k.ends = ends
+	return news
+}
+
+// others are the groups with paths to a target.
+func (ts *Targets) others(target string) (out []*Group) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	for g := range ts.groups {
+		for _, p := range *g.everyPath.Load() {
+			if p.Target == target {
+				out = append(out, g)
+				break
+			}
+		}
+	}
+	return out
+}
+
+// blame looks at a session that its target closed: if a reset of ours was under
+// way, or just over, that was it. One that was not in service yet may have been
+// ended by the fence's login for this very path.
+func (p *Path) blame(cause error) {
+	p.g.mu.Lock()
+	up := p.up
+	p.g.mu.Unlock()
+	if !up || !initiator.ClosedByTarget(cause) {
+		return
+	}
+	ts := p.g.targets
+	ts.mu.Lock()
+	k := ts.of(p.Target)
+	caused := k.resets > 0 || !k.reset.IsZero() && time.Since(k.reset) < resetEcho
+	ts.mu.Unlock()
+	if !caused || !ts.remember(p.Target, true) {
+		return
+	}
+	p.g.log.Warn("the target ends other sessions when a unit is reset: I/O to it will wait while old sessions are fenced; if its login waits for what its backend still does, `reinstatement_waits yes` avoids that",
+		"path", p.Name, "target", p.Target)
+	if f := p.g.cfg().OnClass; f != nil {
+		f(p.Target, Drops)
+	}
+}
+
+// fenceTurn lets one fence at a time log in to a target whose reset ends sessions,
+// and reset it: they would end each other's. Other targets need no turns.
+func (g *Group) fenceTurn(ctx context.Context, target string) (release func(), err error) {
+	if !g.targets.endsSessions(target) {
+		return func() {}, nil
+	}
+	g.targets.mu.Lock()
+	turn := g.targets.of(target).turn
+	g.targets.mu.Unlock()
+	select {
+	case turn <- struct{}{}:
+		return func() { <-turn }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("another fence through this target does not end: %w", ctx.Err())
+	}
+}
+
+// awaitFences lets a fence of such a target be over before another login: with
+// the same identity, that would end the fence's session.
+func (g *Group) awaitFences(ctx context.Context, target string) error {
+	release, err := g.fenceTurn(ctx, target)
+	if err == nil {
+		release()
+	}
+	return err
+}
+
+// resetUnit sends LOGICAL UNIT RESET and awaits it.
+func (g *Group) resetUnit(ctx context.Context, r resetter, target string, lun [8]byte) error {
+	if !g.targets.endsSessions(target) {
+		return g.announceReset(ctx, r, target, lun)
+	}
+	hushed, met := g.hush(ctx, target)
+	err := g.announceReset(ctx, r, target, lun)
+	if err == nil && len(met) > 0 && !anyEnded(met) && g.targets.remember(target, false) {
+		g.log.Info("the target does not end other sessions any more when a unit is reset", "target", target)
+		if f := g.cfg().OnClass; f != nil {
+			f(target, Reinstates)
+		}
+	}
+	g.routines.Add(1)
+	go func() { // the caller goes on: what it waits for is over
+		defer g.routines.Done()
+		for _, o := range hushed {
+			o.unhush(target)
+		}
+	}()
+	return err
+}
+
+// witness is a session that hears of a reset of its unit.
+type witness struct {
+	p *Path
+	s Session
+}
+
+// witnesses are the sessions that a reset of e's unit, if it is sent now, must be
+// told to: those that serve, on paths that the self-test found to be on the same
+// server. A session that begins later may have missed it.
+func (g *Group) witnesses(e *epoch) (out []witness) {
+	if e.path == nil {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for q, ends := range e.path.via {
+		box := q.current.Load()
+		if !ends || box == nil {
+			continue
+		}
+		if _, ok := box.Session.(noticer); ok {
+			out = append(out, witness{q, box.Session})
+		}
+	}
+	return out
+}
+
+// resetTold tells whether a reset that was answered after since took place, as far
+// as other sessions know: each gets a unit attention 29h (SAM-5 5.14), or is
+// ended. asked is how many of the witnesses could have told. A target that once
+// passed is believed.
+func (g *Group) resetTold(ctx context.Context, target string, of []witness, since time.Time) (told bool, asked int) {
+	ts := g.targets
+	ts.mu.Lock()
+	k := ts.of(target)
+	known := k.told || k.ends
+	ts.mu.Unlock()
+	if known {
+		return true, 0
+	}
+	ctx, cancel := context.WithTimeout(ctx, reinstateTime)
+	defer cancel()
+	for _, w := range of {
+		if told = w.p.heardReset.Load() >= since.UnixNano(); told {
+			break
+		}
+		err := initiator.TestUnitReady(ctx, w.s, w.p.LUN)
+		if told = w.p.heardReset.Load() >= since.UnixNano(); told {
+			break
+		}
+		var refused *initiator.StatusError
+		if err == nil || errors.As(err, &refused) {
+			asked++
+		}
+	}
+	if told {
+		ts.mu.Lock()
+		k.told = true
+		ts.mu.Unlock()
+	}
+	return told, asked
+}
+
+// announceReset makes ends of sessions meanwhile count as caused by it.
+func (g *Group) announceReset(ctx context.Context, s resetter, target string, lun [8]byte) error {
+	ts := g.targets
+	ts.mu.Lock()
+	k := ts.of(target)
+	k.resets++
+	ts.mu.Unlock()
+	defer func() {
+		ts.mu.Lock()
+		k.resets--
+		k.reset = time.Now()
+		ts.mu.Unlock()
+	}()
+	return s.LUReset(ctx, lun)
+}
+
+// hush lets no map start I/O to the target, and waits for what is under way.
+// It returns those maps and the sessions that the reset will meet.
+func (g *Group) hush(ctx context.Context, target string) (hushed []*Group, met []Session) {
+	hushed = g.targets.others(target)
+	for _, o := range hushed {
+		o.mu.Lock()
+		o.quiet[target]++
+		o.publish()
+		o.mu.Unlock()
+	}
+	busy := func() (n int64) {
+		for _, o := range hushed {
+			for _, p := range *o.everyPath.Load() {
+				if p.Target == target {
+					n += p.load.InFlight.Load()
+				}
+			}
+		}
+		return n
+	}
+	ctx, cancel := context.WithTimeout(ctx, quietTime)
+	defer cancel()
+	for busy() > 0 && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(quietPoll):
+		}
+	}
+	for _, o := range hushed {
+		for _, p := range *o.everyPath.Load() {
+			if box := p.current.Load(); box != nil && p.Target == target {
+				met = append(met, box.Session)
+			}
+		}
+	}
+	return hushed, met
+}
+
+// anyEnded tells whether one of the sessions is over, or is so soon.
+func anyEnded(met []Session) bool {
+	for end := time.Now().Add(reinstateTime); time.Now().Before(end); time.Sleep(quietPoll) {
+		for _, s := range met {
+			select {
+			case <-s.Done():
+				return true
+			default:
+			}
+		}
+	}
+	return false
+}
+
+// unhush lets I/O go on when a path is there for it. A session that the reset
+// has ended counts as up until that is noticed: each is asked first, or the writes
+// that it loses would call for the next reset.
+func (g *Group) unhush(target string) {
+	var asked sync.WaitGroup
+	for _, p := range *g.everyPath.Load() {
+		if box := p.current.Load(); box != nil && p.Target == target {
+			asked.Go(func() { p.answers(stopContext{g.stop}, box.Session) })
+		}
+	}
+	asked.Wait()
+	for end := time.Now().Add(quietReturn); len(g.table.Load().all) == 0 && time.Now().Before(end); {
+		select {
+		case <-g.stop:
+			end = time.Now()
+		case <-time.After(quietPoll):
+		}
+	}
+	g.mu.Lock()
+	if g.quiet[target]--; g.quiet[target] <= 0 {
+		delete(g.quiet, target)
+	}
+	g.publish()
+	g.mu.Unlock()
+	g.restart()
+}

@@ -1,0 +1,119 @@
+package paths
+
+import (
+	"bytes"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/block"
+)
+
+// shadowed is a map whose path A died with a write of blocks 1 and 2 under way,
+// which was acknowledged on B since.
+func shadowed(t *testing.T, c Config) (*Group, []*door, *disk, *done) {
+	c.Protection, c.NoPathRetry = Shadow, Queue
+	g, doors, d := newGroup(t, c, 2, 8)
+	synctest.Wait()
+	dn := newDone()
+	w := &block.Request{Op: block.Write, Off: fakeBlock, Len: 2 * fakeBlock, Data: bytes.Repeat([]byte{1}, 2*fakeBlock), Owner: dn}
+	submit(g, w)
+	doors[0].set(true)
+	doors[0].session().Abort(errDoor)
+	synctest.Wait()
+	doors[1].session().end(0, "good")
+	require.NoError(t, w.Err)
+	require.Len(t, g.ledger.of("A"), 1)
+	return g, doors, d, dn
+}
+
+func endAll(f *fake) {
+	for len(f.pending()) > 0 {
+		f.end(0, "good")
+		synctest.Wait()
+	}
+}
+
+func TestShadowNeverShowsALateWriteAndMendsIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d, dn := shadowed(t, Config{})
+		defer closeGroup(g)
+		b := doors[1].session()
+		over := writeOf(dn, 2, 2)
+		submit(g, over)
+		require.Len(t, b.pending(), 1, "the overwrite waits although there is memory for it")
+		endAll(b)
+		require.Equal(t, 1, dn.count(over))
+		require.True(t, doors[0].haunt(0))
+		require.EqualValues(t, 1, d.data[2*fakeBlock], "the late write did not revert the disk: this test proves nothing")
+
+		read := &block.Request{Op: block.Read, Len: 4 * fakeBlock, Data: make([]byte, 4*fakeBlock), Owner: dn}
+		submit(g, read)
+		endAll(b)
+		require.Equal(t, 1, dn.count(read))
+		require.Equal(t, []byte{0, 1, 2, 0}, []byte{read.Data[0], read.Data[fakeBlock], read.Data[2*fakeBlock], read.Data[3*fakeBlock]})
+		st := g.Snapshot().Safety
+		require.EqualValues(t, fakeBlock, st.ShadowBytes)
+
+		doors[0].set(false) // A comes back: its login is the fence
+		time.Sleep(5 * time.Second)
+		require.Empty(t, g.ledger.of("A"))
+		for range 5 {
+			endAll(b)
+			endAll(doors[0].session())
+			time.Sleep(time.Second)
+		}
+		require.EqualValues(t, 2, d.data[2*fakeBlock], "not written again after the fence")
+		require.EqualValues(t, 1, d.data[fakeBlock])
+		st = g.Snapshot().Safety
+		require.Zero(t, st.ShadowBytes)
+		require.EqualValues(t, 1, st.Repairs)
+		require.Zero(t, g.ledger.open.Load(), "mutations go on asking")
+	})
+}
+
+func TestShadowHoldsWhatDoesNotFitAndTrims(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d, dn := shadowed(t, Config{ShadowLimit: fakeBlock})
+		defer closeGroup(g)
+		b := doors[1].session()
+		first, second := writeOf(dn, 1, 2), writeOf(dn, 2, 2)
+		submit(g, first)
+		endAll(b)
+		submit(g, second)
+		endAll(b)
+		require.Equal(t, 1, dn.count(first))
+		require.Zero(t, dn.count(second), "memory beyond the limit")
+		again := writeOf(dn, 1, 3) // needs no more memory
+		submit(g, again)
+		endAll(b)
+		require.Equal(t, 1, dn.count(again))
+		require.NoError(t, g.DeclareFenced("A"))
+		for range 5 {
+			endAll(b)
+			time.Sleep(time.Second)
+		}
+		require.Equal(t, 1, dn.count(second))
+		require.EqualValues(t, 3, d.data[fakeBlock])
+		require.EqualValues(t, 2, d.data[2*fakeBlock])
+	})
+}
+
+// Two writes of one block at once would leave it open which of them the disk
+// has in the end, and which the memory.
+func TestShadowSendsOverlappingWritesOneAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d, dn := shadowed(t, Config{})
+		defer closeGroup(g)
+		b := doors[1].session()
+		submit(g, writeOf(dn, 2, 2), writeOf(dn, 2, 3))
+		require.Len(t, b.pending(), 1)
+		b.end(0, "good")
+		require.Len(t, b.pending(), 1, "the second was forgotten")
+		b.end(0, "good")
+		require.EqualValues(t, 3, d.data[2*fakeBlock])
+		require.Len(t, dn.in, 3)
+	})
+}
