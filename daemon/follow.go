@@ -260,15 +260,20 @@ func (d *Daemon) compare(f *follower, luns [][8]byte) (ask [][8]byte) {
 				switch {
 				case p.State != "down" || unfenced || !p.Foreign && !gone(lun):
 					known[lun] = true
-				case gone(lun) && st.Paths.Total == 1:
+					if !gone(lun) {
+						delete(f.told, lun)
+					}
+				case p.Foreign && !gone(lun):
+					m.group.RemovePaths(func(pc paths.PathConfig) bool { return pc.Name == p.Name })
+					d.log.Warn("path leads to the unit no more", "map", m.alias, "path", p.Name, "target", f.u.Target, "lun", scsi.LUNText(lun))
+				case m.group.RemoveSparePath(p.Name):
+					d.log.Warn("path leads to the unit no more", "map", m.alias, "path", p.Name, "target", f.u.Target, "lun", scsi.LUNText(lun))
+				default:
 					known[lun] = true
 					if why := "the target does not report it any more"; f.told[lun] != why {
 						f.told[lun] = why
 						d.log.Warn("unit is gone", "map", m.alias, "path", p.Name, "target", f.u.Target, "lun", scsi.LUNText(lun), "cause", why)
 					}
-				default:
-					d.log.Warn("path leads to the unit no more", "map", m.alias, "path", p.Name, "target", f.u.Target, "lun", scsi.LUNText(lun))
-					m.group.RemovePaths(func(pc paths.PathConfig) bool { return pc.Name == p.Name })
 				}
 			}
 		}

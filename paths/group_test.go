@@ -1,6 +1,8 @@
 package paths
 
 import (
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -311,3 +313,23 @@ func TestNoAllocationFromSubmitToComplete(t *testing.T) {
 type nobody struct{}
 
 func (nobody) Complete(*block.Request, *block.Plug) {}
+
+// Two who each see that another path is left take only one of them out.
+func TestTheLastPathIsNoSpare(t *testing.T) {
+	for range 20 {
+		g, _, _ := newGroup(t, Config{}, 2, 1)
+		var removed atomic.Int32
+		var wg sync.WaitGroup
+		for _, p := range g.Snapshot().Groups[0].Paths {
+			wg.Go(func() {
+				if g.RemoveSparePath(p.Name) {
+					removed.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		require.EqualValues(t, 1, removed.Load())
+		require.Equal(t, 1, g.Snapshot().Paths.Total)
+		closeGroup(g)
+	}
+}

@@ -83,32 +83,46 @@ func (g *Group) RemovePaths(which func(PathConfig) bool) {
 	}
 	g.mu.Unlock()
 	for _, p := range gone {
-		if p.passDirt(); p.unflushed() {
-			g.log.Error("path not removed: its server holds writes that were not flushed", "path", p.Name, "do", "flush (sync) and reconfigure again")
-			continue
-		}
-		g.mu.Lock()
-		if g.closed {
-			g.mu.Unlock()
-			return
-		}
-		g.paths = slices.DeleteFunc(g.paths, func(x *Path) bool { return x == p })
-		p.failedByHand = true
-		p.stopGray()
-		if g.active == p {
-			g.active = nil
-		}
-		p.stop()
-		g.publish()
-		g.mu.Unlock()
-		<-p.gone
-		g.mu.Lock()
-		every := slices.Clone(g.paths)
-		g.everyPath.Store(&every)
-		g.mu.Unlock()
-		g.restart()
-		g.log.Info("path removed", "path", p.Name)
+		g.removePath(p, 0)
 	}
+}
+
+// RemoveSparePath takes the named path out for good, unless it is the map's last
+// one, and reports whether it did. Of two that are removed at once, one stays.
+func (g *Group) RemoveSparePath(name string) bool {
+	p, err := g.path(name)
+	return err == nil && g.removePath(p, 1)
+}
+
+// removePath takes a path out if more than left others would stay with it, and
+// waits until it is quiet.
+func (g *Group) removePath(p *Path, left int) bool {
+	if p.passDirt(); p.unflushed() {
+		g.log.Error("path not removed: its server holds writes that were not flushed", "path", p.Name, "do", "flush (sync) and reconfigure again")
+		return false
+	}
+	g.mu.Lock()
+	if g.closed || len(g.paths) <= left || !slices.Contains(g.paths, p) {
+		g.mu.Unlock()
+		return false
+	}
+	g.paths = slices.DeleteFunc(g.paths, func(x *Path) bool { return x == p })
+	p.failedByHand = true
+	p.stopGray()
+	if g.active == p {
+		g.active = nil
+	}
+	p.stop()
+	g.publish()
+	g.mu.Unlock()
+	<-p.gone
+	g.mu.Lock()
+	every := slices.Clone(g.paths)
+	g.everyPath.Store(&every)
+	g.mu.Unlock()
+	g.restart()
+	g.log.Info("path removed", "path", p.Name)
+	return true
 }
 
 // FailPath takes a path out of service until ReinstatePath.
