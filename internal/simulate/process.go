@@ -164,6 +164,9 @@ func (p *process) config(info *initiator.LUInfo) paths.Config {
 	if w.set.Sampling {
 		c.Sampling = paths.Sampling{DoubleFailed: time.Minute, Sample: time.Second, Recheck: 5 * time.Second, Rate: 10}
 	}
+	if w.set.PathErrors {
+		c.PathErrors = paths.PathErrors{Threshold: 1, ForgetRate: 3, Recovery: 8 * time.Second}
+	}
 	w.state.mu.Lock()
 	defer w.state.mu.Unlock()
 	if p.dead.Load() {

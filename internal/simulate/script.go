@@ -43,7 +43,8 @@ type setup struct {
 	HedgeReads    int    `json:",omitempty"` // percent, after 1 ms
 	GrayPaths     string `json:",omitempty"` // paths.GrayGroup if empty
 	Sampling      bool   `json:",omitempty"` // of paths that fail twice within a minute
-	Marginal      bool   `json:",omitempty"` // such a path serves when no other does
+	PathErrors    bool   `json:",omitempty"` // a path that failed again and again is kept back
+	Marginal      bool   `json:",omitempty"` // a path kept back by these two serves when no other does
 	log           *slog.Logger
 }
 
@@ -168,6 +169,9 @@ func (s *setup) policies(seed uint64) {
 	s.Marginal = s.Sampling && r.IntN(2) == 0
 	if r.IntN(4) == 0 {
 		s.Protection = paths.Shadow
+	}
+	if s.PathErrors = !s.Sampling && r.IntN(2) == 0; s.PathErrors {
+		s.Marginal = r.IntN(2) == 0
 	}
 }
 
