@@ -78,10 +78,18 @@ func TestSilentLossesAreErrors(t *testing.T) {
 		{"wrong url", "initiator {\n target http://x\n}\n", "f:2: target: path URL"},
 		{"time without unit", "initiator {\n failover_time 1\n}\n", "has no unit"},
 		{"ghost protection", "defaults {\n ghost_protection maybe\n}\n", "want hold, strict, shadow, off"},
-		{"two maps on one device", "multipaths {\n multipath {\n wwid a\n nbd_device /dev/nbd0\n }\n multipath {\n wwid b\n nbd_device /dev/nbd0\n }\n}\n", "is given to both"},
-		{"multipath without wwid", "multipaths {\n multipath {\n alias x\n }\n}\n", "has no wwid"},
+		{"two maps on one device", "multipaths {\n multipath {\n wwid a\n nbd_device /dev/nbd0\n }\n multipath {\n wwid b\n nbd_device /dev/nbd0\n }\n}\n", "f:8: nbd_device /dev/nbd0 is given to both a (f:4) and b"},
+		{"two maps of one name", "multipaths {\n multipath {\n wwid a\n alias x\n }\n multipath {\n wwid b\n alias x\n }\n}\n", "f:8: alias x is given to both a (f:4) and b"},
+		{"device without product", "devices {\n device {\n vendor x\n }\n}\n", "f:2: a device section needs both vendor and product"},
+		{"target without url", "initiator {\n target iscsi://h/iqn.a:b\n target {\n  chap_user x\n }\n}\n", "f:3: a target block has no url"},
+		{"multipath without wwid", "multipaths {\n multipath {\n alias x\n }\n}\n", "f:2: a multipath section has no wwid"},
 	} {
-		got := errorsOf(Parse("f", c.text))
+		parsed := Parse("f", c.text)
+		for _, e := range parsed.Errors {
+			require.Contains(t, e.Detail(), "\n    ", c.what)
+			require.True(t, strings.HasSuffix(e.Detail(), "^"), c.what)
+		}
+		got := errorsOf(parsed)
 		require.NotEmpty(t, got, c.what)
 		require.Contains(t, strings.Join(got, "\n"), c.want, c.what)
 	}
@@ -129,6 +137,27 @@ func TestUnknownWordsAreWarningsWithAHint(t *testing.T) {
 	require.Contains(t, c.Warnings[1].Text, `is "polling_interval" meant?`)
 	require.Contains(t, c.Warnings[2].Text, "is ignored: want yes")
 	require.Empty(t, c.Defaults)
+}
+
+// The later of two settings wins, with a warning where that can only be a mistake.
+func TestSetTwice(t *testing.T) {
+	c := Parse("f", "defaults {\n polling_interval 1\n polling_interval 2\n}\ndefaults {\n polling_interval 3\n}\ninitiator {\n failover_time 1s\n failover_time 2s\n}\nnbd {\n listen unix:/a\n listen unix:/b\n}\n")
+	require.Empty(t, errorsOf(c))
+	require.Len(t, c.Warnings, 2)
+	require.Equal(t, "f:3: polling_interval is set twice in this section, in line 2 too: the later one wins", c.Warnings[0].Error())
+	require.Equal(t, 10, c.Warnings[1].Line)
+	require.Equal(t, "3", c.Defaults["polling_interval"])
+	c = Parse("f", "multipaths {\n multipath {\n wwid a\n alias x\n }\n multipath {\n wwid b\n alias x\n }\n multipath {\n wwid a\n alias y\n }\n}\n")
+	require.Empty(t, errorsOf(c), "the first is y in the end")
+	require.Equal(t, "y", c.For(LU{WWID: "a"}).Alias)
+}
+
+// Where nothing of the value has a meaning here, nothing of it can be lost.
+func TestSeveralWordsOfWhatDoesNothing(t *testing.T) {
+	c := Parse("f", "defaults {\n default_getuid_callout /sbin/scsi_id -g -u -s /block/%n\n features 1 queue_if_no_path\n}\n")
+	require.Empty(t, errorsOf(c))
+	require.Len(t, c.Warnings, 2)
+	require.NotEmpty(t, errorsOf(Parse("f", "defaults {\n features 2 queue_if_no_path\n}\n")), "a wrong count")
 }
 
 func TestPrecedence(t *testing.T) {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -34,7 +35,7 @@ func TestBuiltInTableNamesWhatThereIs(t *testing.T) {
 
 func TestSettingsOfTargetsThatMultipathToolsDoesNotKnow(t *testing.T) {
 	for _, lu := range []LU{
-		{Vendor: "TrueNAS", Product: "iSCSI Disk"}, {Vendor: "FreeNAS", Product: "iSCSI Disk"}, {Vendor: "FreeBSD", Product: "iSCSI Disk"},
+		{Vendor: "TrueNAS", Product: "iSCSI Disk"}, {Vendor: "FreeNAS", Product: "iSCSI Disk"}, {Vendor: "FreeBSD", Product: "iSCSI Disk"}, {Vendor: "FREEBSD", Product: "CTLDISK"},
 		{Vendor: "SYNOLOGY", Product: "Storage"}, {Vendor: "SYNOLOGY", Product: "iSCSI Storage"}, {Vendor: "QNAP", Product: "iSCSI Storage"},
 	} {
 		for _, lu.ALUA = range []bool{true, false} {
@@ -51,7 +52,11 @@ func TestSettingsOfTargetsThatMultipathToolsDoesNotKnow(t *testing.T) {
 	require.Equal(t, "exclusive_pref_bit", ceph.PrioArgs)
 	require.Equal(t, 60*time.Second, ceph.FailbackAfter)
 	require.Equal(t, -1, ceph.NoPathRetry)
-	require.Equal(t, "failover", Parse("f", "").For(LU{Vendor: "IET", Product: "VIRTUAL-DISK"}).Policy, "as any unit that nothing is known of")
+	for _, lu := range []LU{{Vendor: "IET", Product: "VIRTUAL-DISK"}, {Vendor: "FreeBSD", Product: "iSCSI DISK"}} { // tgt and IET, istgt
+		require.Equal(t, "failover", Parse("f", "").For(lu).Policy, "as any unit that nothing is known of")
+		known := slices.ContainsFunc(builtin(), func(d Section) bool { return matches(d, lu) })
+		require.True(t, known, "%+v", lu)
+	}
 }
 
 // The table's prioritizer serves the units that do not know asymmetric access.

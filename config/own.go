@@ -79,9 +79,9 @@ func (p *parser) initiator(b *block, t, v token, val string) {
 	case key == "target" && b.name == "initiator", key == "url" && b.name == "target":
 		if _, err = initiator.ParseURL(val); err == nil {
 			if b.name == "target" {
-				b.into["url"] = val
+				p.set(b, t, val)
 			} else {
-				p.c.Initiator.Target = append(p.c.Initiator.Target, Section{"url": val})
+				p.c.Initiator.Target, p.c.targetsAt = append(p.c.Initiator.Target, Section{"url": val}), append(p.c.targetsAt, places{})
 			}
 			return
 		}
@@ -118,7 +118,7 @@ func (p *parser) initiator(b *block, t, v token, val string) {
 		p.fail(v.col, "%s: %v", t.text, err)
 		return
 	}
-	b.into[t.text] = val
+	p.set(b, t, val)
 }
 
 func (p *parser) nbd(b *block, t, v token, val string) {
@@ -154,5 +154,9 @@ func (p *parser) nbd(b *block, t, v token, val string) {
 		p.fail(v.col, "%s: %v", t.text, err)
 		return
 	}
-	b.into[t.text] = val
+	if t.text == "listen" { // repeatable
+		b.into["listen"] = val
+		return
+	}
+	p.set(b, t, val)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -49,7 +50,20 @@ type Config struct {
 	NBD        Section
 
 	Errors, Warnings []*Diagnostic
+
+	// Where the sections of the lists above and their settings stand, for what
+	// only the whole file tells. Those of the same index belong together.
+	devicesAt, multipathsAt, targetsAt []places
 }
+
+// place is where something was written, and the line.
+type place struct {
+	Pos
+	src string
+}
+
+// places are those of the settings of a section by keyword; "" is its own.
+type places map[string]place
 
 // block is an open section.
 type block struct {
@@ -59,6 +73,7 @@ type block struct {
 	list  *Criteria
 	pos   Pos
 	src   string
+	at    places      // of what it has set so far
 	prio  *Diagnostic // about its last prio or prio_args, if it has one
 }
 
@@ -233,6 +248,7 @@ func (p *parser) open(t token) {
 		parent = p.stack[len(p.stack)-1].name
 	}
 	b := block{name: t.text, pos: Pos{p.file, p.line, t.col}, src: printable(p.src)}
+	b.at = places{"": {b.pos, b.src}}
 	switch parent + "/" + t.text {
 	case "/defaults":
 		b.scope, b.into = "D", c.Defaults
@@ -252,16 +268,16 @@ func (p *parser) open(t token) {
 	case "/devices", "/multipaths":
 	case "devices/device":
 		b.scope, b.into = "V", Section{}
-		c.Devices = append(c.Devices, b.into)
+		c.Devices, c.devicesAt = append(c.Devices, b.into), append(c.devicesAt, b.at)
 	case "multipaths/multipath":
 		b.scope, b.into = "M", Section{}
-		c.Multipaths = append(c.Multipaths, b.into)
+		c.Multipaths, c.multipathsAt = append(c.Multipaths, b.into), append(c.multipathsAt, b.at)
 	case "/initiator":
 		b.into = c.Initiator.Settings
 	case "initiator/target":
 		b.into = Section{}
 		b.name = "target"
-		c.Initiator.Target = append(c.Initiator.Target, b.into)
+		c.Initiator.Target, c.targetsAt = append(c.Initiator.Target, b.into), append(c.targetsAt, b.at)
 	case "/nbd":
 		b.into = c.NBD
 	default:
@@ -303,6 +319,13 @@ func (p *parser) setting(t token, args []token) {
 		}
 		return
 	}
+	if len(args) > 1 && p.idle(b, t.text) { // nothing of it has a meaning
+		var words []string
+		for _, a := range args {
+			words = append(words, a.text)
+		}
+		args = []token{{strings.Join(words, " "), args[0].col, true}}
+	}
 	v := args[0].text
 	if len(args) > 1 {
 		p.fail(args[1].col, "only one value is read, this would be lost: put quotes around the whole value of %s", t.text)
@@ -320,6 +343,15 @@ func (p *parser) setting(t token, args []token) {
 	default:
 		p.warn(t.col, "%q is no section of %s and is ignored", t.text, b.name)
 	}
+}
+
+// idle tells whether a keyword of the section is one that does nothing here.
+func (p *parser) idle(b *block, name string) bool {
+	if s, ok := synonyms[name]; ok {
+		name = s
+	}
+	o := find(name, b.scope)
+	return b.scope != "" && o != nil && o.idle != ""
 }
 
 func (p *parser) criterion(l *Criteria, t, v token) {
@@ -363,71 +395,74 @@ func (p *parser) option(b *block, t, v token) {
 	if o.idle != "" {
 		p.warn(t.col, "%s does nothing here: %s", t.text, o.idle)
 	}
-	if _, twice := b.into[t.text]; twice && !(b.scope == "D" || b.scope == "O") {
-		p.warn(t.col, "%s is set twice in this section: the later one wins", t.text)
-	}
-	b.into[t.text] = v.text
+	p.set(b, t, v.text)
 	if name == "prio" || name == "prio_args" {
 		b.prio = &Diagnostic{Pos: Pos{p.file, p.line, v.col}, Source: printable(p.src), Warning: true}
 	}
 }
 
+// set is a setting of the section that is open. A section that is opened again,
+// perhaps by a file of conf.d, may say something else without a warning: that is
+// what it is for.
+func (p *parser) set(b *block, t token, v string) {
+	if before, twice := b.at[t.text]; twice {
+		p.warn(t.col, "%s is set twice in this section, in line %d too: the later one wins", t.text, before.Line)
+	}
+	b.into[t.text], b.at[t.text] = v, place{Pos{p.file, p.line, t.col}, printable(p.src)}
+}
+
 // finish checks what only the whole tells, and merges entries of one thing.
 func (c *Config) finish() {
-	bad := func(text string) {
-		c.Errors = append(c.Errors, &Diagnostic{Text: text, Pos: Pos{File: "configuration"}})
+	bad := func(at place, format string, a ...any) {
+		c.Errors = append(c.Errors, &Diagnostic{Text: fmt.Sprintf(format, a...), Pos: at.Pos, Source: at.src})
 	}
-	var merged []Section
-	for _, m := range c.Multipaths {
-		if m["wwid"] == "" {
-			bad("a multipath section has no wwid: nothing tells which disk it is about")
-			continue
-		}
-		i := slices.IndexFunc(merged, func(x Section) bool { return x["wwid"] == m["wwid"] })
-		if i < 0 {
-			merged = append(merged, m)
-			continue
-		}
-		for k, v := range m {
-			merged[i][k] = v
-		}
-	}
-	c.Multipaths = merged
-	devices := map[string]string{}
-	aliases := map[string]string{}
-	for _, m := range c.Multipaths {
-		for key, seen := range map[string]map[string]string{"alias": aliases, "nbd_device": devices} {
-			if v := m[key]; v != "" {
-				if other, ok := seen[v]; ok {
-					bad(fmt.Sprintf("%s %s is given to both %s and %s", key, v, other, m["wwid"]))
-				}
-				seen[v] = m["wwid"]
+	c.Multipaths, c.multipathsAt = merge(c.Multipaths, c.multipathsAt, []string{"wwid"}, nil, func(at places) {
+		bad(at[""], "a multipath section has no wwid: nothing tells which disk it is about")
+	})
+	c.Devices, c.devicesAt = merge(c.Devices, c.devicesAt, []string{"vendor", "product"}, []string{"revision"}, func(at places) {
+		bad(at[""], "a device section needs both vendor and product")
+	})
+	for _, key := range []string{"alias", "nbd_device"} {
+		first := map[string]int{}
+		for i, m := range c.Multipaths {
+			if m[key] == "" {
+				continue
 			}
+			if j, ok := first[m[key]]; ok {
+				other := c.multipathsAt[j][key]
+				bad(c.multipathsAt[i][key], "%s %s is given to both %s (%s) and %s", key, m[key], c.Multipaths[j]["wwid"], other, m["wwid"])
+				continue
+			}
+			first[m[key]] = i
 		}
 	}
-	var ds []Section
-	for _, d := range c.Devices {
-		if d["vendor"] == "" || d["product"] == "" {
-			bad("a device section needs both vendor and product")
-			continue
-		}
-		i := slices.IndexFunc(ds, func(x Section) bool {
-			return x["vendor"] == d["vendor"] && x["product"] == d["product"] && x["revision"] == d["revision"]
-		})
-		if i < 0 {
-			ds = append(ds, d)
-			continue
-		}
-		for k, v := range d {
-			ds[i][k] = v
-		}
-	}
-	c.Devices = ds
-	for _, t := range c.Initiator.Target {
+	for i, t := range c.Initiator.Target {
 		if t["url"] == "" {
-			bad("a target block has no url")
+			bad(c.targetsAt[i][""], "a target block has no url")
 		}
 	}
+}
+
+// merge makes one section of those that are about the same thing, as the values
+// of the keywords need and more tell; what comes later wins. One that lacks
+// something that it needs is dropped and reported.
+func merge(list []Section, at []places, need, more []string, lacks func(places)) (out []Section, outAt []places) {
+	for i, s := range list {
+		if slices.ContainsFunc(need, func(k string) bool { return s[k] == "" }) {
+			lacks(at[i])
+			continue
+		}
+		j := slices.IndexFunc(out, func(x Section) bool {
+			return !slices.ContainsFunc(slices.Concat(need, more), func(k string) bool { return x[k] != s[k] })
+		})
+		if j < 0 {
+			out, outAt = append(out, s), append(outAt, at[i])
+			continue
+		}
+		maps.Copy(out[j], s)
+		maps.Copy(outAt[j], at[i])
+	}
+	return out, outAt
 }
 
 // Err is the first error, with the line and a caret, or nil.
