@@ -42,13 +42,17 @@ bench-idle: build
 
 # Late writes on real targets: 20 rounds of each way to be late, and the same
 # rounds without protection, which must revert; ghost-lab does LIO. Both write
-# the table of docs/write-safety.md.
+# the tables of docs/write-safety.md, with the commit (+: changed since) and the
+# date. GHOST_RUN=LateWritesOnTgtd/hold does a part.
 GHOST_ROUNDS ?= 20
+GHOST_RUN ?= LateWrites|Crash|StoppedServer|Gotgt|ISID
+GHOST_BUILD = $$(git rev-parse --short HEAD)$$(git diff --quiet HEAD -- . ':!docs' || echo +),_$$(date +%F)
+GHOST = -v -count=1 -timeout 5400s -ghost-rounds $(GHOST_ROUNDS) -ghost-build "$(GHOST_BUILD)" -ghost-table $(CURDIR)/docs/write-safety.md
 ghost: deps
-	$(GO) test -v -count=1 -timeout 5400s -run 'LateWrites|Crash|StoppedServer|Gotgt|ISID' ./internal/e2e -ghost-rounds $(GHOST_ROUNDS) -ghost-table $(CURDIR)/docs/write-safety.md
+	$(GO) test -parallel 60 -run '$(GHOST_RUN)' ./internal/e2e $(GHOST)
 
 ghost-lab: deps
-	$(GO) test -v -count=1 -timeout 5400s -run LateWrites ./internal/lab -ghost-rounds $(GHOST_ROUNDS) -ghost-table $(CURDIR)/docs/write-safety.md
+	$(GO) test -run '$(if $(filter command line,$(origin GHOST_RUN)),$(GHOST_RUN),LateWrites)' ./internal/lab $(GHOST)
 
 # How long fences take: failovers on tgtd and on `mpathd target`.
 FENCE_ROUNDS ?= 200

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +23,12 @@ import (
 func TestWriteInTheSocketOfAStoppedServer(t *testing.T) {
 	for _, protection := range []string{"hold", "off"} {
 		t.Run(protection, func(t *testing.T) {
+			beside(t)
+			found := "none reverted; each was held until the server went on"
+			if protection == "off" {
+				found = "all reverted"
+			}
+			passed(t, "WriteInTheSocketOfAStoppedServer", "two tgtd of one disk, "+protection, fmt.Sprint(*ghostRounds), found)
 			image := filepath.Join(t.TempDir(), "image")
 			require.NoError(t, os.WriteFile(image, nil, 0o600))
 			require.NoError(t, os.Truncate(image, 64<<20))
@@ -75,6 +82,8 @@ func (h *haunted) stopped(signal func(os.Signal) error, protection string, off i
 // gotgt answers a login with a known identity as if it reinstated that session,
 // and LOGICAL UNIT RESET as if it reset the unit: it does neither.
 func TestGotgtIsUntrusted(t *testing.T) {
+	beside(t)
+	passed(t, "GotgtIsUntrusted", "gotgt", fmt.Sprint(*ghostRounds), "`untrusted`; all fences *unproven*")
 	target := realtarget.Start(t, "gotgt", realtarget.Options{})
 	h := haunt(t, target.Portals(), func(_ int, portal string) string { return realtarget.URL(target, portal) }, "--lenient")
 	for i := range *ghostRounds {
@@ -94,9 +103,12 @@ func TestGotgtIsUntrusted(t *testing.T) {
 // A new run ends the sessions of the one before because it logs in with their
 // identity, whatever became of the old process and in whatever order its paths come.
 func TestISIDOfAPathIsThatOfTheRunBefore(t *testing.T) {
+	const runs = 3
+	beside(t)
+	passed(t, "ISIDOfAPathIsThatOfTheRunBefore", "tgtd", fmt.Sprint(runs), "the same, paths in either order")
 	h := newHaunted(t, "tgtd", "hold")
 	urls := slices.Clone(h.args[len(h.args)-2:])
-	for run := range 3 {
+	for run := range runs {
 		for i, p := range h.portals {
 			u, err := initiator.ParseURL(urls[i])
 			require.NoError(t, err)

@@ -25,6 +25,7 @@ import (
 var (
 	ghostRounds = flag.Int("ghost-rounds", 1, "rounds of each late-write variant")
 	ghostTable  = flag.String("ghost-table", "", "file whose table of late-write rounds gets the rows of each target")
+	ghostBuild  = flag.String("ghost-build", "-", "commit and date for that table; underscores become spaces")
 )
 
 // variant is one way in which a write is under way when its path dies, and one
@@ -140,7 +141,7 @@ func (h *haunted) await(what string, ok func(m paths.MapStatus) bool) (got paths
 
 // patient panics when the test goes on for much longer than any fence may take.
 func (h *haunted) patient(what string) (stop func() bool) {
-	return time.AfterFunc(60*time.Second, func() { panic(what + "; mpathd says:\n" + h.log.String()) }).Stop
+	return time.AfterFunc(2*time.Minute, func() { panic(what + "; mpathd says:\n" + h.log.String()) }).Stop
 }
 
 // round cuts the serving path under a write, lets the write fail over, changes
@@ -198,7 +199,9 @@ var modeArgs = map[string][]string{"waits": {"--reinstatement-waits"}, "preempt"
 var loginWaits = map[string]bool{"istgt": true, "LIO": true}
 
 // lateWrites is the hazard itself on a real target: with protection no
-// acknowledged write is reverted, and without it the same rounds revert.
+// acknowledged write is reverted, and without it the same rounds revert. Each
+// variant has a target and a mpathd of its own and waits beside the others; one
+// round of each is played on a single one.
 func lateWrites(t *testing.T, kind string) {
 	for _, protection := range modes {
 		t.Run(protection, func(t *testing.T) {
@@ -211,57 +214,123 @@ func lateWrites(t *testing.T, kind string) {
 			if modeArgs[mode] != nil {
 				mode = "hold"
 			}
-			h := newHaunted(t, kind, mode, modeArgs[protection]...)
-			row := fmt.Sprintf("| %s | %s |", kind, protection)
-			var failovers, changes, slow []time.Duration
-			for k, v := range variants {
-				if n := withCommand[kind]; v.from == faultnet.HoldData && n > 0 {
-					v.size = 2 * n
-				}
-				if v.name == "trim" && !h.client.Trims() || quick && serial[kind] && k > 0 {
-					row += " - |"
-					continue
-				}
-				reverted, valid := 0, 0
-				for i := 0; valid < *ghostRounds && i < 2**ghostRounds; i++ {
-					r, ok, f, c := h.round(v, (k*7+i)%60)
-					if !ok { // the path lost its session by itself just before
-						continue
-					}
-					valid++
-					if r {
-						reverted++
-					}
-					if v.slow {
-						slow = append(slow, f+c)
-					} else {
-						failovers, changes = append(failovers, f), append(changes, c)
+			start := func(t *testing.T) *haunted { return newHaunted(t, kind, mode, modeArgs[protection]...) }
+			results := make([]result, len(variants))
+			if quick {
+				h := start(t)
+				for k, v := range variants {
+					if k == 0 || !serial[kind] {
+						results[k].play(t, h, v, kind, protection)
 					}
 				}
-				row += fmt.Sprintf(" %d/%d |", reverted, valid)
-				t.Log(v.name, row)
-				if (v.slow || v.from == faultnet.HoldData) && serial[kind] {
-					require.Zero(t, reverted, "%s", v.name)
-					continue
+			} else {
+				t.Cleanup(func() {
+					if !t.Failed() && !slices.ContainsFunc(results, func(r result) bool { return !r.played }) {
+						putLateWrites(t, kind, protection, results)
+					}
+				})
+				for k, v := range variants {
+					t.Run(v.name, func(t *testing.T) {
+						t.Parallel()
+						results[k].play(t, start(t), v, kind, protection)
+					})
 				}
-				require.Equal(t, *ghostRounds, valid, "%s: rounds in which nothing was late prove nothing", v.name)
-				switch {
-				case protection == "waits" && v.slow && !loginWaits[kind]: // what the operator says of it is wrong
-					require.NotZero(t, reverted, "%s: this target's login does not wait", v.name)
-				case protection == "off":
-					require.NotZero(t, reverted, "%s: the control must revert, or the test proves nothing", v.name)
-				default:
-					require.Zero(t, reverted, "%s", v.name)
-				}
-			}
-			row += fmt.Sprintf(" %s | %s | %s |", spread(failovers), spread(changes), spread(slow))
-			t.Log(realtarget.RowPrefix + row)
-			if *ghostTable != "" {
-				tableMu.Lock()
-				defer tableMu.Unlock()
-				require.NoError(t, realtarget.PutRow(*ghostTable, "late writes", row, 2))
 			}
 		})
+	}
+}
+
+// result is what came of the rounds of one variant.
+type result struct {
+	played            bool
+	reverted, valid   int
+	failover, changed []time.Duration
+}
+
+// play plays the rounds of a variant and judges them.
+func (r *result) play(t *testing.T, h *haunted, v variant, kind, protection string) {
+	r.played = true
+	if n := withCommand[kind]; v.from == faultnet.HoldData && n > 0 {
+		v.size = 2 * n
+	}
+	if v.name == "trim" && !h.client.Trims() {
+		return
+	}
+	for i := 0; r.valid < *ghostRounds && i < 2**ghostRounds; i++ {
+		reverted, ok, f, c := h.round(v, i%60)
+		if !ok { // the path lost its session by itself just before
+			continue
+		}
+		r.valid++
+		if reverted {
+			r.reverted++
+		}
+		r.failover, r.changed = append(r.failover, f), append(r.changed, c)
+	}
+	t.Logf("%s: %d/%d reverted, failover %s, change %s", v.name, r.reverted, r.valid, spread(r.failover), spread(r.changed))
+	require.Equal(t, *ghostRounds, r.valid, "%s: rounds in which nothing was late prove nothing", v.name)
+	switch {
+	case (v.slow || v.from == faultnet.HoldData) && serial[kind]:
+		require.Zero(t, r.reverted, "%s: nothing overtakes such a write there", v.name)
+	case protection == "waits" && v.slow && !loginWaits[kind]: // what the operator says of it is wrong
+		require.NotZero(t, r.reverted, "%s: this target's login does not wait", v.name)
+	case protection == "off":
+		require.NotZero(t, r.reverted, "%s: the control must revert, or the test proves nothing", v.name)
+	default:
+		require.Zero(t, r.reverted, "%s", v.name)
+	}
+}
+
+// putLateWrites puts the row of a mode into the table.
+func putLateWrites(t *testing.T, kind, protection string, results []result) {
+	row := fmt.Sprintf("| %s | %s |", kind, protection)
+	var failovers, changes, slow []time.Duration
+	for k, r := range results {
+		if r.valid == 0 {
+			row += " - |"
+			continue
+		}
+		row += fmt.Sprintf(" %d/%d |", r.reverted, r.valid)
+		if !variants[k].slow {
+			failovers, changes = append(failovers, r.failover...), append(changes, r.changed...)
+			continue
+		}
+		for i, f := range r.failover {
+			slow = append(slow, f+r.changed[i])
+		}
+	}
+	putRow(t, "late writes", row+fmt.Sprintf(" %s | %s | %s |", spread(failovers), spread(changes), spread(slow)), 2)
+}
+
+// putRow prints a row with the build that it is of, and puts it into its table.
+func putRow(t *testing.T, table, row string, key int) {
+	row += " " + strings.ReplaceAll(*ghostBuild, "_", " ") + " |"
+	t.Log(realtarget.RowPrefix + row)
+	if *ghostTable != "" {
+		tableMu.Lock()
+		defer tableMu.Unlock()
+		require.NoError(t, realtarget.PutRow(*ghostTable, table, row, key))
+	}
+}
+
+// passed puts a row about a test into its table when the test has passed; it does
+// nothing where one round is played.
+func passed(t *testing.T, test, targets, rounds, found string) {
+	if *ghostRounds == 1 {
+		return
+	}
+	t.Cleanup(func() {
+		if !t.Failed() && !t.Skipped() {
+			putRow(t, "late tests", fmt.Sprintf("| `%s` | %s | %s | %s |", test, targets, rounds, found), 2)
+		}
+	})
+}
+
+// beside lets the rounds of a test run beside those of others: most of the time
+// they wait.
+func beside(t *testing.T) {
+	if *ghostRounds > 1 {
+		t.Parallel()
 	}
 }
 
@@ -283,19 +352,26 @@ func spread(d []time.Duration) string {
 // lets it come back to a disk of which one portal is silent: the new run must
 // end the old session before it writes.
 func TestCrashWithWritesUnderWay(t *testing.T) {
-	for _, protection := range []string{"hold", "off"} {
-		t.Run(protection, func(t *testing.T) { crash(t, "tgtd", protection) })
+	for protection, found := range map[string]string{"hold": "none reverted", "off": "all reverted"} {
+		t.Run(protection, func(t *testing.T) {
+			beside(t)
+			passed(t, "CrashWithWritesUnderWay", "tgtd, "+protection, fmt.Sprint(*ghostRounds), found)
+			h := newHaunted(t, "tgtd", protection)
+			for i := range *ghostRounds {
+				h.crash(protection, int64(1+i%60)<<20)
+			}
+		})
 	}
 }
 
-func crash(t *testing.T, kind, protection string) {
-	h := newHaunted(t, kind, protection)
-	a := h.portals[0]
-	off := int64(1 << 20)
+// crash is one round.
+func (h *haunted) crash(protection string, off int64) {
+	t, a := h.t, h.portals[0]
 	_, err := h.client.WriteAt(fill(4096, '0'), off)
 	require.NoError(t, err)
 	a.Silence(faultnet.HoldAll)
-	go h.client.WriteAt(fill(4096, 'a'), off)
+	old := h.client
+	go old.WriteAt(fill(4096, 'a'), off)
 	require.Eventually(t, func() bool { return a.Held() >= 4096 }, 5*time.Second, time.Millisecond)
 	h.cmd.Process.Kill()
 	h.cmd.Wait()

@@ -2,8 +2,11 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -162,12 +165,18 @@ func newStackWith(t *testing.T, params string, more ...string) *stack {
 	return s
 }
 
+// maps is what `show maps --json` shows; a process for each look would cost more
+// than what the tests wait for.
 func (s *stack) maps() (m daemon.Maps) {
-	out, err := exec.Command(binary, "show", "maps", "--json", "--control", s.control).Output()
-	if err == nil {
-		err = json.Unmarshal(out, &m)
-	}
+	client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", s.control)
+	}}}
+	rs, err := client.Get("http://mpathd/maps")
 	if err != nil {
+		return daemon.Maps{}
+	}
+	defer rs.Body.Close()
+	if json.NewDecoder(rs.Body).Decode(&m) != nil {
 		return daemon.Maps{}
 	}
 	return m
@@ -292,6 +301,9 @@ func TestClients(t *testing.T) {
 	run("nbdcopy", "--connections=4", "--requests=64", "--flush", src, s.uri)
 	run("nbdcopy", "--connections=4", s.uri, dst)
 	run("cmp", src, dst)
+	if shown := run(binary, "show", "maps", "--json", "--control", s.control); !strings.Contains(shown, wantWWID) {
+		t.Errorf("show maps --json: %s", shown)
+	}
 	if top := run(binary, "show", "topology", "--control", s.control); !strings.Contains(top, "xensan ("+wantWWID+")") || !strings.Contains(top, "status=active") {
 		t.Errorf("show topology:\n%s", top)
 	}

@@ -9,6 +9,7 @@ import (
 var (
 	ghostRounds = flag.Int("ghost-rounds", 0, "rounds of each late-write variant on LIO; 0: none")
 	ghostTable  = flag.String("ghost-table", "", "file whose table of late-write rounds gets LIO's rows")
+	ghostBuild  = flag.String("ghost-build", "-", "commit and date for that table; underscores become spaces")
 )
 
 // TestLateWritesOnLIO runs the rounds of internal/e2e on the kernel's target, one boot
@@ -19,7 +20,7 @@ func TestLateWritesOnLIO(t *testing.T) {
 	}
 	for _, protection := range []string{"hold", "strict", "shadow", "waits", "preempt", "off"} {
 		t.Run(protection, func(t *testing.T) {
-			inVM(t, "../e2e", 200+25**ghostRounds, *ghostTable, "late writes", 2, "-test.run", "LateWritesOnLIO/"+protection, "-ghost-rounds", fmt.Sprint(*ghostRounds))
+			inVM(t, "../e2e", 200+25**ghostRounds, *ghostTable, "late writes", 2, "-test.run", "LateWritesOnLIO/"+protection, "-test.parallel", "6", "-ghost-rounds", fmt.Sprint(*ghostRounds), "-ghost-build", *ghostBuild)
 		})
 	}
 }

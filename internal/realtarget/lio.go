@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 )
 
 const (
@@ -22,16 +23,22 @@ type lio struct {
 	disk *slowDisk
 }
 
+var lios atomic.Int64
+
 func newLIO(b base) *lio {
 	if _, err := os.Stat(targetFS + loginOf); err != nil {
 		b.t.Skip("LIO runs in the lab's emulated machine: its kernel modules are not here")
 	}
 	g := &lio{base: b}
 	g.ports("127.0.0.1")
+	disk := fmt.Sprint("disk", lios.Add(1)) // there is one kernel for all
+	if b.o.Name == "" {
+		g.name += "." + disk
+	}
 	g.tpg = targetFS + loginOf + "/" + g.name + "/tpgt_1"
-	g.core = targetFS + "/core/fileio_0/disk"
+	g.core = targetFS + "/core/fileio_0/" + disk
 	if g.o.Slow {
-		g.core = targetFS + "/core/iblock_0/disk"
+		g.core = targetFS + "/core/iblock_0/" + disk
 		g.disk = newSlowDisk(b.t, b.o.Size)
 	}
 	return g

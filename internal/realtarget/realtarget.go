@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -208,15 +209,25 @@ func Need(t testing.TB, tools ...string) {
 	}
 }
 
-// FreePort is a port of 127.0.0.1 that nobody listens on.
+// given are the ports that FreePort gave out: many targets start at once, and
+// a port stays free until its target listens.
+var given sync.Map
+
+// FreePort is a port of 127.0.0.1 that nobody listens on, and another one each
+// time in this process.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		port := l.Addr().(*net.TCPAddr).Port
+		l.Close()
+		if _, taken := given.LoadOrStore(port, true); !taken {
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
 }
 
 func command(t testing.TB, name string, args ...string) string {
