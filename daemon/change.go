@@ -145,8 +145,18 @@ func (d *Daemon) add(p Discovery, found initiator.Discovered) {
 	}
 }
 
-// resized passes a map's new size on to its export and its kernel device.
+// resized passes a map's new size on to its export and its kernel device, which
+// it makes if this is the first size that is known.
 func (d *Daemon) resized(m *mapEntry, size int64) error {
+	d.mu.Lock()
+	if !m.export {
+		defer d.mu.Unlock()
+		if err := d.ctx.Err(); err != nil {
+			return err
+		}
+		return d.expose(m)
+	}
+	d.mu.Unlock()
 	d.server.Resized(m.alias)
 	d.mu.Lock()
 	k := m.kernel

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -139,6 +140,58 @@ func TestGhostDelayWaitsForABetterPath(t *testing.T) {
 	write(t, d, "m", 0)
 	require.Equal(t, uint8(target.NonOptimized), lu.Access(2).State)
 	require.NotContains(t, l.String(), "activated", "the unit was moved needlessly")
+}
+
+// A host that boots while the unit is in standby through all that it reaches has
+// its map all the same; the unit tells no size there (SPC-4 5.15.2.4).
+func TestMapOfAUnitThatIsInStandbyAlone(t *testing.T) {
+	start := func(explicit bool, delay time.Duration) (*Daemon, *logText, *target.Server, *target.LU, []*target.Portal) {
+		srv, lu, ps := array(t, explicit, map[uint16]target.Access{1: {State: target.Optimized}, 2: {State: target.Standby}})
+		ps[0].Stop()
+		d, l := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, FailoverTime: time.Second, Policy: paths.Config{Alias: "m", GhostDelay: delay, Checker: "readsector0"}})
+		m := await(t, d, "a map", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
+		require.Equal(t, "ghost", m.Groups[0].Paths[0].State)
+		return d, l, srv, lu, ps
+	}
+	serves := func(d *Daemon, p *target.Portal) {
+		m := await(t, d, "the map has its size and serves", func(m paths.MapStatus) bool { return m.Size == 8<<20 && slices.Equal(serves(m), []string{p.Addr()}) })
+		require.Equal(t, 512, m.BlockSize)
+		await(t, d, "the path is up", func(m paths.MapStatus) bool { return m.State != "no_path" })
+		write(t, d, "m", 4096)
+		require.Error(t, d.maps[0].group.Resize(false), "nothing to do")
+	}
+	reaches := func(d *Daemon) error {
+		kind, addr, _ := strings.Cut(d.o.NBD, ":")
+		c, err := client.Dial(kind, addr, "m")
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+
+	t.Run("a better path comes in time", func(t *testing.T) {
+		d, l, _, lu, ps := start(true, time.Minute)
+		require.Equal(t, "no_path", d.Snapshot().Maps[0].State)
+		require.Error(t, reaches(d), "no export without a size")
+		require.ErrorContains(t, d.maps[0].group.Resize(false), "in standby")
+		require.NoError(t, ps[0].Start())
+		serves(d, ps[0])
+		require.Equal(t, uint8(target.Standby), lu.Access(2).State)
+		require.NotContains(t, l.String(), "activated", "the unit was moved needlessly")
+	})
+	t.Run("no other path comes", func(t *testing.T) {
+		d, l, _, lu, ps := start(true, 300*time.Millisecond)
+		says(t, l, "port group activated", ps[1].Addr())
+		serves(d, ps[1])
+		require.Equal(t, uint8(target.Optimized), lu.Access(2).State)
+	})
+	t.Run("the target alone moves it", func(t *testing.T) {
+		d, _, srv, lu, ps := start(false, -1)
+		require.Equal(t, "no_path", d.Snapshot().Maps[0].State)
+		require.Equal(t, uint8(target.Standby), lu.Access(2).State, "no probe may move the unit")
+		srv.SetAccess(lu, false, map[uint16]target.Access{1: {State: target.Standby}, 2: {State: target.NonOptimized}})
+		serves(d, ps[1])
+	})
 }
 
 func TestTransitioningIsWaitedOut(t *testing.T) {

@@ -137,6 +137,7 @@ type mapEntry struct {
 	alias  string
 	pinned string // the device it must get, or empty
 	kernel Kernel
+	export bool // it is offered to NBD clients: its size is known
 }
 
 // Start brings everything up that answers and keeps trying the rest. An error
@@ -342,16 +343,30 @@ func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error
 		g.Close(d.ctx)
 		return err
 	}
-	var aliases []string
-	for _, n := range append([]string{info.WWID}, info.Synonyms...) {
-		if n != cfg.Alias && n != "" {
-			aliases = append(aliases, n)
-		}
-	}
-	if err := d.server.AddExport(nbd.Export{Name: m.alias, Aliases: aliases, Description: info.Vendor + " " + info.Product, Device: g}); err != nil {
+	if info.Blocks == 0 {
+		d.log.Warn("map waits: its unit is in standby through the paths so far and does not tell its size", "map", m.alias)
+	} else if err := d.expose(m); err != nil {
+		d.wg.Go(func() { g.Close(d.ctx) })
 		return err
 	}
 	d.maps = append(d.maps, m)
+	return nil
+}
+
+// expose offers a map to NBD clients and attaches its kernel device. Caller
+// holds d.mu.
+func (d *Daemon) expose(m *mapEntry) error {
+	info := m.group.Info()
+	var aliases []string
+	for _, n := range append([]string{info.WWID}, info.Synonyms...) {
+		if n != m.alias && n != "" {
+			aliases = append(aliases, n)
+		}
+	}
+	if err := d.server.AddExport(nbd.Export{Name: m.alias, Aliases: aliases, Description: info.Vendor + " " + info.Product, Device: m.group}); err != nil {
+		return err
+	}
+	m.export = true
 	d.log.Info("map ready", "map", m.alias, "size", info.Size(), "block_size", info.BlockSize)
 	if d.o.Attach != nil {
 		d.wg.Add(1)

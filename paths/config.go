@@ -75,7 +75,8 @@ type Config struct {
 	Targets    *Targets // shared by the maps of a process; nil: the map's own
 	// OnLUNs is told that the LUNs of a target may have changed.
 	OnLUNs func(portal, target string)
-	// OnResize is told the new size in bytes.
+	// OnResize is told the new size in bytes, and the first one of a map that
+	// NewGroup knew none of.
 	OnResize func(size int64) error
 	// Replicated says that the servers of this disk replicate every write
 	// before they acknowledge it: a flush of one of them is enough.

@@ -4,6 +4,7 @@
 package paths
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -105,10 +106,17 @@ const (
 	maxPaths   = 30      // flushes keep a bit for each, beside stateSynced and stateRewrite
 )
 
-// NewGroup makes a map of the logical unit that first describes. It has no path yet.
+// NewGroup makes a map of the logical unit that first describes. It has no path
+// yet. A unit in standby may not tell its size (SPC-4 5.15.2.4): the map is then
+// of size 0 until OnResize, and must not be given I/O.
 func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	if first.Blocks == 0 {
-		return nil, fmt.Errorf("map %s: the unit is in standby through this port and does not tell its size", c.Alias)
+		if !first.Standby {
+			return nil, fmt.Errorf("map %s: the unit has no blocks", c.Alias)
+		}
+		l := *first
+		l.BlockSize = cmp.Or(l.BlockSize, 512) // until learnUnit
+		first = &l
 	}
 	pol, err := newPolicy(c, first)
 	if err != nil {
@@ -184,6 +192,8 @@ func SameLU(a, b *initiator.LUInfo, targetA, targetB string, merge bool) error {
 		if a.NumberedDefault && targetA != targetB && !merge {
 			return errNumbered(a.WWID)
 		}
+	case a.Standby && a.Blocks == 0: // the map has no size to compare with yet
+		return SameLU(b, a, targetA, targetB, merge)
 	case a.BlockSize != b.BlockSize:
 		return fmt.Errorf("same ID %s, but its block size is %d and the map's is %d: two disks must not share an ID", a.WWID, b.BlockSize, a.BlockSize)
 	case a.Blocks != b.Blocks:

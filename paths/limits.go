@@ -31,6 +31,25 @@ func (g *Group) largest(l *initiator.LUInfo) int64 {
 	return n
 }
 
+// learnUnit takes over size and block size from the first path that tells them,
+// for a map that began with paths in standby alone.
+func (g *Group) learnUnit(info *initiator.LUInfo) {
+	g.resizing.Lock()
+	if g.lu().Blocks > 0 || info.Blocks == 0 || info.WWID != g.lu().WWID {
+		g.resizing.Unlock()
+		return
+	}
+	g.info.Store(info)
+	g.maxIO.Store(g.largest(info))
+	g.resizing.Unlock()
+	g.log.Info("the unit tells its size", "bytes", info.Size(), "block_size", info.BlockSize)
+	if f := g.cfg().OnResize; f != nil {
+		if err := f(info.Size()); err != nil {
+			g.log.Error("map not exported", "cause", err)
+		}
+	}
+}
+
 // learnLimits takes over what the unit says of itself through one more path: a
 // command must suit every path that may carry it. Limits only become narrower.
 func (g *Group) learnLimits(info *initiator.LUInfo) {

@@ -14,6 +14,7 @@ const (
 	GrowAndCut  = "grow_shrink"
 	errShrunk   = "%w: the unit has %d blocks, the map %d: if that was meant, run `mpathd resize MAP --force`"
 	errNoLive   = "map %s: no path is up to ask for the new size"
+	errStandby  = "map %s: the unit is in standby through all paths that are up, and does not tell its size"
 	errSameSize = "map %s has %d blocks, and so have all its paths: %w"
 )
 
@@ -45,6 +46,8 @@ func (g *Group) Resize(force bool) error {
 	least := g.agreed(true)
 	have := g.lu()
 	switch {
+	case have.Blocks == 0:
+		return fmt.Errorf(errStandby, g.cfg().Alias)
 	case least == 0:
 		return fmt.Errorf(errNoLive, g.cfg().Alias)
 	case least == have.Blocks:

@@ -222,6 +222,7 @@ func (p *Path) identify(ctx context.Context, s Session) (*initiator.LUInfo, erro
 	if err != nil {
 		return nil, err
 	}
+	p.g.learnUnit(info)
 	if err := p.fits(info); err != nil {
 		err = fmt.Errorf("identity changed, the path is out until reinstated by hand: %w", err)
 		p.set(func() {
@@ -303,13 +304,13 @@ func (p *Path) probation() (release func()) {
 }
 
 // check runs the checker. A path in standby is never read: that could make an
-// array move the unit.
+// array move the unit. Nor is a unit whose block size nobody has told yet.
 func (p *Path) check(ctx context.Context, s Session, standby bool) checker.Verdict {
 	ctx, cancel := context.WithTimeout(ctx, p.g.cfg().CheckTimeout)
 	defer cancel()
 	chk := p.g.cfg().checker
 	p.g.mu.Lock()
-	if standby || p.access != accessUnknown && p.access != int(scsi.ActiveOptimized) {
+	if standby || p.access != accessUnknown && p.access != int(scsi.ActiveOptimized) || p.g.lu().Blocks == 0 {
 		chk = checker.TUR
 	}
 	p.g.mu.Unlock()
@@ -415,10 +416,17 @@ func (p *Path) watch(ctx context.Context, s Session, info *initiator.LUInfo) {
 
 // rankAndPublish asks for the priority and acts on a change.
 func (p *Path) rankAndPublish(ctx context.Context, s Session, info *initiator.LUInfo) {
-	if p.rank(ctx, s, info) {
-		p.set(func() {})
-		p.g.rankOthers(p)
+	if !p.rank(ctx, s, info) {
+		return
 	}
+	left := false
+	p.set(func() {
+		left = p.checkState == checker.Ghost && (p.access == int(scsi.ActiveOptimized) || p.access == int(scsi.ActiveNonOptimized))
+	})
+	if left { // standby: it tells its size now, and need not wait for its next check
+		p.ask(askVerify)
+	}
+	p.g.rankOthers(p)
 }
 
 // down takes the path out of service if it was put in while its session was

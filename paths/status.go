@@ -252,7 +252,7 @@ func (g *Group) Snapshot() MapStatus {
 	switch {
 	case m.Paths.Usable == 0 && !m.Queueing:
 		m.State = "failed"
-	case m.Paths.Usable == 0:
+	case m.Paths.Usable == 0, m.Size == 0: // in standby alone
 		m.State = "no_path"
 	case m.Paths.Usable < m.Paths.Total:
 		m.State = "degraded"
