@@ -37,12 +37,28 @@ var uncovered = map[string]string{
 	"SC07": "late writes: see write-safety.md and `make ghost`",
 }
 
+var caseMaps = []map[string]conformanceCase{loginCases, chapCases, discoveryCases, nexusCases, windowCases, idleCases, depthCases, lunCases, nopCases, flowCases, errorCases, asyncCases, taskCases, rejectCases, mapCases, scsiCases, dataCases, writeCases, hostileCases, digestCases}
+
 func conformanceCases() map[string]conformanceCase {
 	all := map[string]conformanceCase{}
-	for _, group := range []map[string]conformanceCase{loginCases, chapCases, discoveryCases, nexusCases, windowCases, idleCases, depthCases, lunCases, nopCases, flowCases, errorCases, asyncCases, taskCases, rejectCases, mapCases, scsiCases, dataCases, writeCases, hostileCases, digestCases} {
+	for _, group := range caseMaps {
 		maps.Copy(all, group)
 	}
 	return all
+}
+
+func TestConformanceHasEachCaseOnce(t *testing.T) {
+	have := slices.Collect(maps.Keys(uncovered))
+	for _, group := range caseMaps {
+		have = slices.AppendSeq(have, maps.Keys(group))
+	}
+	var want []string
+	for _, g := range caseGroups {
+		for n := 1; n <= g.count; n++ {
+			want = append(want, fmt.Sprintf("%s%02d", g.prefix, n))
+		}
+	}
+	require.ElementsMatch(t, want, have)
 }
 
 func TestConformance(t *testing.T) {
