@@ -148,7 +148,7 @@ func (c *Config) choose() error {
 		of     []string // the first is the default
 	}{
 		{"path_grouping_policy", &c.Policy, policies},
-		{"ghost_protection", &c.Protection, []string{Hold, Strict, Shadow, Off}},
+		{"ghost_protection", &c.Protection, Protections},
 		{"gray_paths", &c.GrayPaths, []string{GrayGroup, GrayMap, GrayOff}},
 		{"fence_by", &c.FenceBy, []string{ByReset, ByPreempt}},
 	} {
@@ -159,11 +159,10 @@ func (c *Config) choose() error {
 			return fmt.Errorf("%s %q: want one of %s", o.option, *o.value, strings.Join(o.of, ", "))
 		}
 	}
-	switch c.Failback {
-	case "", Immediate, Manual, Followover:
-		return nil
+	if c.Failback != "" && !slices.Contains(Failbacks, c.Failback) {
+		return fmt.Errorf("failback %q: want %s or seconds", c.Failback, strings.Join(Failbacks, ", "))
 	}
-	return fmt.Errorf("failback %q: want immediate, manual, followover or seconds", c.Failback)
+	return nil
 }
 
 // fill takes the default for what is not said.

@@ -24,6 +24,9 @@ const (
 	// A number of seconds waits that long after the last change.
 )
 
+// Failbacks are the words for Config.Failback; empty chooses by the targets.
+var Failbacks = []string{Immediate, Manual, Followover}
+
 // pathGroup is paths that share the I/O while their group is in use.
 type pathGroup struct {
 	paths   []*Path

@@ -28,6 +28,9 @@ const (
 	Off = "off"
 )
 
+// Protections are the modes of Config.Protection, the default first.
+var Protections = []string{Hold, Strict, Shadow, Off}
+
 // epoch is one session of a path that died with writes under way.
 type epoch struct {
 	name     string // of the path

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -42,13 +43,10 @@ func runCommand() *cobra.Command {
 			if o.Targets, err = chap.parseURLs(urls); err != nil {
 				return err
 			}
-			switch failback {
-			case "", paths.Immediate, paths.Manual, paths.Followover:
-				o.Policy.Failback = failback
-			default:
+			if o.Policy.Failback = failback; failback != "" && !slices.Contains(paths.Failbacks, failback) {
 				n, err := strconv.Atoi(failback)
 				if err != nil || n < 0 {
-					return usageError{fmt.Errorf("--failback %q: want immediate, manual, followover or seconds", failback)}
+					return usageError{fmt.Errorf("--failback %q: want %s or seconds", failback, strings.Join(paths.Failbacks, ", "))}
 				}
 				o.Policy.Failback, o.Policy.FailbackAfter = paths.Immediate, time.Duration(n)*time.Second
 			}
@@ -64,8 +62,8 @@ func runCommand() *cobra.Command {
 				}
 				o.Policy.NoPathRetry = n
 			}
-			if !slices.Contains([]string{paths.Hold, paths.Strict, paths.Shadow, paths.Off}, o.Policy.Protection) {
-				return usageError{fmt.Errorf("--ghost-protection %q: want hold, strict, shadow or off", o.Policy.Protection)}
+			if !slices.Contains(paths.Protections, o.Policy.Protection) {
+				return usageError{fmt.Errorf("--ghost-protection %q: want one of %s", o.Policy.Protection, strings.Join(paths.Protections, ", "))}
 			}
 			if shadow < 1 || shadow > 1<<20 {
 				return usageError{fmt.Errorf("--shadow-limit %d: want 1 to %d (MiB)", shadow, 1<<20)}
