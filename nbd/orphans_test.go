@@ -56,16 +56,26 @@ func (p *peer) answered(cookie uint64) {
 	require.Equal(p.t, cookie, got)
 }
 
+// abandoned is a server whose first client has sent some writes and gone; the
+// device keeps the first of them until release.
+func abandoned(t *testing.T, c Config, writes string) (s *Server, d *ram, dial func() *peer) {
+	t.Helper()
+	s, d, dial = newServer(t, c)
+	d.holdAll()
+	a := dial().enter()
+	for i, b := range []byte(writes) {
+		a.write(uint64(i+1), b)
+	}
+	require.Eventually(t, func() bool { return d.written() == writes[:1] }, 5*time.Second, time.Millisecond)
+	a.Close()
+	return s, d, dial
+}
+
 // The outage that taught it: a client connected again twice while no path was
 // there. What the second connection had waiting was sent once a path came back,
 // after the third one's writes of the same blocks.
 func TestWritesThatWaitAreNotSentOnceTheirClientHasConnectedAgain(t *testing.T) {
-	s, d, dial := newServer(t, Config{})
-	d.holdAll()
-	a := dial().enter()
-	a.write(1, 'a')
-	require.Eventually(t, func() bool { return d.written() == "a" }, 5*time.Second, time.Millisecond)
-	a.Close()
+	s, d, dial := abandoned(t, Config{}, "a")
 	b := dial().enter()
 	for i := range uint64(8) { // the first waits for a's, the others are behind it
 		b.write(i, 'b')
@@ -82,13 +92,7 @@ func TestWritesThatWaitAreNotSentOnceTheirClientHasConnectedAgain(t *testing.T) 
 
 // What a connection has no slot for is not even read when its client goes.
 func TestWritesThatWaitForASlotAreNotSentOnceTheirClientHasConnectedAgain(t *testing.T) {
-	s, d, dial := newServer(t, Config{MaxRequests: 1})
-	d.holdAll()
-	a := dial().enter()
-	a.write(1, 'a')
-	a.write(2, 'b')
-	require.Eventually(t, func() bool { return d.written() == "a" }, 5*time.Second, time.Millisecond)
-	a.Close()
+	s, d, dial := abandoned(t, Config{MaxRequests: 1}, "ab")
 	b := dial().enter()
 	began(t, s, 2)
 	b.write(1, 'c')
