@@ -101,7 +101,7 @@ func vpd(page uint8) *question {
 }
 
 // VPDPage is a vital product data page as the unit gives it, up to 1024 bytes
-// (SPC-4 6.4).
+// (SPC-4 6.6).
 func VPDPage(ctx context.Context, d Doer, lun [8]byte, page uint8) ([]byte, error) {
 	return one(ctx, d, lun, vpd(page))
 }

@@ -35,7 +35,7 @@ func Reservations(ctx context.Context, d Doer, lun [8]byte) (keys []uint64, hold
 // WriteRefused tells whether the unit refuses writes of this nexus for a
 // reservation, and changes nothing: COMPARE AND WRITE (SBC-3 5.2) of block 0 with
 // the bytes that are there writes the same bytes, or nothing if they are others by
-// then. A unit that does not know it gets a WRITE of no blocks (SBC-3 5.41), which
+// then. A unit that does not know it gets a WRITE of no blocks (SBC-3 5.33), which
 // LIO answers before it looks at the reservation.
 func WriteRefused(ctx context.Context, d Doer, lun [8]byte, blockSize int, use16 bool) (bool, error) {
 	var read, write scsi.CDB

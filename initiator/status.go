@@ -7,7 +7,7 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
-// LBAStatus asks which blocks from lba on are mapped (SBC-3 5.6): at most limit
+// LBAStatus asks which blocks from lba on are mapped (SBC-3 5.4): at most limit
 // runs.
 func LBAStatus(ctx context.Context, d Doer, lun [8]byte, lba uint64, limit int) ([]scsi.LBARun, error) {
 	alloc := 8 + 16*min(limit, 256)

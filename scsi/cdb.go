@@ -83,7 +83,7 @@ func ReadCapacity10() (c CDB) {
 	return c
 }
 
-// ModeSense6 builds MODE SENSE (6) without block descriptors (SPC-4 6.11).
+// ModeSense6 builds MODE SENSE (6) without block descriptors (SPC-4 6.13).
 func ModeSense6(page, alloc uint8) (c CDB) {
 	c[0], c[1], c[2], c[4] = OpModeSense6, 0x08, page, alloc
 	return c
@@ -95,7 +95,7 @@ func Read(cdb *CDB, lba uint64, blocks uint32, use16 bool) {
 	transfer(cdb, OpRead10, OpRead16, 0, lba, blocks, use16)
 }
 
-// Write fills cdb with WRITE (16) or WRITE (10) (SBC-3 5.32, 5.34).
+// Write fills cdb with WRITE (16) or WRITE (10) (SBC-3 5.33, 5.35).
 func Write(cdb *CDB, lba uint64, blocks uint32, fua, use16 bool) {
 	var f uint8
 	if fua {
@@ -104,7 +104,7 @@ func Write(cdb *CDB, lba uint64, blocks uint32, fua, use16 bool) {
 	transfer(cdb, OpWrite10, OpWrite16, f, lba, blocks, use16)
 }
 
-// SyncCache fills cdb with SYNCHRONIZE CACHE, IMMED 0 (SBC-3 5.22, 5.23);
+// SyncCache fills cdb with SYNCHRONIZE CACHE, IMMED 0 (SBC-3 5.26, 5.27);
 // lba 0 and blocks 0 mean the whole unit.
 func SyncCache(cdb *CDB, lba uint64, blocks uint32, use16 bool) {
 	transfer(cdb, OpSyncCache10, OpSyncCache16, 0, lba, blocks, use16)

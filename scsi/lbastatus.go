@@ -15,7 +15,7 @@ type LBARun struct {
 	Status uint8
 }
 
-// GetLBAStatus builds GET LBA STATUS (SBC-3 5.6).
+// GetLBAStatus builds GET LBA STATUS (SBC-3 5.4).
 func GetLBAStatus(lba uint64, alloc uint32) (c CDB) {
 	c[0], c[1] = OpServiceIn16, 0x12
 	be.PutUint64(c[2:], lba)

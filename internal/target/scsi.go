@@ -148,7 +148,7 @@ func pad(b []byte, s string) {
 	}
 }
 
-// inquiry is standard data or a vital product data page (SPC-4 6.4, 7.8).
+// inquiry is standard data or a vital product data page (SPC-4 6.6, 7.8).
 func (c *conn) inquiry(lu *LU, cdb *[16]byte) ([]byte, Sense) {
 	b := c.scratch[:inquiryLen]
 	clear(b)
@@ -278,7 +278,7 @@ func (c *conn) modeSense(r *request, ten bool) []byte {
 	return cut(b, uint32(r.cdb[4]))
 }
 
-// lbaStatus is GET LBA STATUS (SBC-3 5.6) with one descriptor: whether the
+// lbaStatus is GET LBA STATUS (SBC-3 5.4) with one descriptor: whether the
 // memory from this block on exists, up to where that changes.
 func (c *conn) lbaStatus(lu *LU, cdb *[16]byte) ([]byte, Sense) {
 	lba := binary.BigEndian.Uint64(cdb[2:])
