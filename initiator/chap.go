@@ -174,8 +174,8 @@ func chapHash(alg string, id byte, secret Secret, challenge []byte) []byte {
 	return h.Sum(nil)
 }
 
-// chapHashes are the algorithms by their CHAP_A number (RFC 7143 12.1.3 and
-// IANA's list for the two last).
+// chapHashes are the algorithms by their CHAP_A number (RFC 7143 12.1.3 for MD5,
+// IANA's list of PPP authentication algorithms for the others).
 var chapHashes = map[string]func() hash.Hash{
 	"5": md5.New, "6": sha1.New, "7": sha256.New, "8": func() hash.Hash { return sha3.New256() },
 }

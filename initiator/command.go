@@ -41,9 +41,9 @@ type Result struct {
 	Status   uint8 // SAM status, valid with Err == nil
 	SenseLen uint8
 	Sense    [MaxSense]byte
-	Residual uint32 // bytes not transferred (underflow)
-	Received uint32 // bytes of Data-In that arrived
-	Delivery Delivery
+	Residual uint32   // bytes not transferred (underflow)
+	Received uint32   // bytes of Data-In that arrived
+	Delivery Delivery // with ErrSessionLost
 }
 
 // SenseData is the sense bytes received, empty if there were none.
@@ -74,8 +74,8 @@ type Doner interface {
 // Command is one SCSI command on a session. The submitter owns the struct and
 // Data before Submit and after Done; in between the session does.
 type Command struct {
-	LUN  [8]byte // raw, as REPORT LUNS gave it (SAM-5 4.7)
-	CDB  [16]byte
+	LUN  [8]byte  // raw, as REPORT LUNS gave it (SAM-5 4.7)
+	CDB  [16]byte // package scsi fills it
 	Dir  Direction
 	Data []byte // its length is the Expected Data Transfer Length
 	// ShortOK accepts a residual underflow as success (INQUIRY, MODE SENSE).

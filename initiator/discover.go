@@ -39,7 +39,8 @@ const (
 	logoutTime    = 500 * time.Millisecond
 )
 
-// Discover asks a portal which targets it serves (RFC 7143 appendix C).
+// Discover asks a portal which targets it serves (RFC 7143 appendix C), within
+// LoginTimeout. Errors as those of Open.
 func Discover(ctx context.Context, c Config) (Discovered, error) {
 	c.TargetName, c.QueueDepth = "", 1
 	c.Offer = Offer{MaxData: maxTextPDU}
@@ -157,7 +158,7 @@ func reachable(address, from string) (string, error) {
 	return address, nil
 }
 
-// validName checks a normalised iSCSI name (RFC 7143 4.2.7.1): iqn., eui. or
+// validName checks a normalised iSCSI name (RFC 7143 4.2.7): iqn., eui. or
 // naa., at most 223 bytes of UTF-8, nothing that could be a path or a terminal
 // escape.
 func validName(n string) bool {

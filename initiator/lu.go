@@ -9,7 +9,9 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
-// Doer runs control commands; *Session is one.
+// Doer runs control commands; *Session is one. What functions ask through it they
+// ask again, a few times, when it meets a unit attention or a busy unit. Their
+// errors are Do's, or a *StatusError if the unit refused.
 type Doer interface {
 	Do(ctx context.Context, c *Command) error
 }

@@ -1,6 +1,20 @@
-// Package initiator is one iSCSI session (RFC 7143) with one connection:
-// login, command window, send, receive, signs of life. It knows nothing of
-// groups of paths. Wire bytes are in initiator/pdu.
+// Package initiator is an iSCSI initiator (RFC 7143): one session with one
+// connection, from login to logout. Wire bytes are in initiator/pdu, CDBs and
+// sense in scsi.
+//
+// Discover lists the targets of a portal, Open logs in. Session.Do issues a
+// command and waits for it. Session.Submit issues without waiting, for many at a
+// time, and allocates nothing; what it lists leaves when the caller flushes the
+// plug, and Command.Owner takes the command back, exactly once.
+//
+// From Submit to Done the command and its Data belong to the session. After Done
+// nothing touches them, whatever the target sends.
+//
+// A session watches for signs of life and aborts commands that hang. It does not
+// log in again: when it ends, Session.Err says why, and each command comes back
+// with ErrSessionLost and with how much of it the target may have (Delivery). To
+// take its place, open one with the same ISID, after Session.Time2Wait; Retry
+// says whether to try a failed login again soon. Groups of paths are package paths.
 package initiator
 
 import (
@@ -42,8 +56,8 @@ type Config struct {
 	Home    *Home  // shared by all sessions through Address; may be nil
 	// RedirectTo are the networks to which a target may redirect; empty: anywhere.
 	RedirectTo               []netip.Prefix
-	TargetName               string // as the target spells it; empty: a discovery session
-	InitiatorName            string
+	TargetName               string  // as the target spells it; empty: a discovery session
+	InitiatorName            string  // iqn., eui. or naa., in lower case
 	ISID                     [6]byte // stable per path, see PathISID
 	Credentials                      // CHAP
 	HeaderDigest, DataDigest Digest
@@ -67,7 +81,8 @@ type Config struct {
 	// OnState is told of Suspect, Up (again), Leaving and Dead, never with a lock held.
 	// Dead comes before the outstanding commands are handed back.
 	OnState func(st State, cause error)
-	// OnRoom is told that a session that refused a command has room again.
+	// OnRoom is told that a session that refused a command has room again. It runs
+	// on the session's reader, which flushes p, and must not block.
 	OnRoom func(p *block.Plug)
 }
 
@@ -193,6 +208,9 @@ func ClosedByTarget(err error) bool {
 
 // Open connects to the portal and logs in (RFC 7143 clause 6), CSG 0 first so
 // that every target reinstates the session of an earlier login with this ISID.
+// ctx and LoginTimeout bound the login, not the session. The error wraps a
+// *LoginError if the target refused, ErrProtocol if it broke the protocol; Retry
+// says when to try again.
 func Open(ctx context.Context, c Config) (*Session, error) {
 	c.complete()
 	s, err := open(ctx, c)
