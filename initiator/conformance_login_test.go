@@ -85,6 +85,9 @@ var loginCases = map[string]conformanceCase{
 		refuses(t, "login stage", loginStep(pdu.Final|pdu.StageSecurity<<2|2, nil, nil))
 		refuses(t, "login stage", loginStep(pdu.Final|pdu.StageOperational<<2|pdu.StageFullFeature, nil, nil))
 		refuses(t, "login stage 0 to 3", loginStep(pdu.Final|pdu.StageSecurity<<2|pdu.StageFullFeature, nil, nil)) // we never ask for that
+		for _, csg := range []uint8{pdu.StageOperational, 2, pdu.StageFullFeature} {
+			refuses(t, "login stage", loginStep(csg<<2, nil, nil))
+		}
 	}},
 	"LG06": {"is final and continued at once", "drops", func(t *testing.T) {
 		refuses(t, "both final and continued", loginStep(toOperational|pdu.Continue, nil, nil))
@@ -142,7 +145,7 @@ var loginCases = map[string]conformanceCase{
 	"LG11": {"picks a digest that was not offered", "drops", func(t *testing.T) { refuses(t, "was not offered", answers("HeaderDigest", "CRC32C")) }},
 	"LG12": {"answers beyond our offers", "drops", func(t *testing.T) {
 		for _, kv := range [][2]string{{"MaxOutstandingR2T", "9"}, {"MaxConnections", "2"}, {"ErrorRecoveryLevel", "1"}, {"DefaultTime2Retain", "1"}, {"DefaultTime2Wait", "-1"},
-			{"DefaultTime2Wait", "3601"}, {"DataPDUInOrder", "No"}, {"DataSequenceInOrder", "No"}, {"InitialR2T", "Maybe"}} {
+			{"DefaultTime2Wait", "3601"}, {"DataPDUInOrder", "No"}, {"DataSequenceInOrder", "No"}, {"InitialR2T", "Maybe"}, {"FirstBurstLength", "262145"}} {
 			refuses(t, kv[0], answers(kv[0], kv[1]))
 		}
 		refuses(t, "MaxBurstLength", answers("MaxBurstLength", "16777215"))

@@ -208,6 +208,19 @@ var nexusCases = map[string]conformanceCase{
 				require.Equal(t, c.ISID, <-isids)
 			}
 		}
+		// A move for good of the place where it is for a while is no move of the first portal.
+		last := scripted(t, answers())
+		to := func(address string, detail uint8) string {
+			return scripted(t, loginStep(0, keys("TargetAddress", address), func(h *pdu.Header) { h.SetLoginStatus(1, detail) })).Address
+		}
+		c := last
+		c.Address, c.Home = to(to(last.Address, 2), 1), &initiator.Home{}
+		s, err := initiator.Open(context.Background(), c)
+		require.NoError(t, err)
+		require.Equal(t, last.Address, s.Redirected())
+		s.Abort(errors.New("test"))
+		<-s.Done()
+		require.Equal(t, c.Address, c.Home.Address(c.Address))
 	}},
 	"LG24": {"is found in another portal group than before", "says so, believes nothing of the old nexus, tests anew", func(t *testing.T) {
 		d, _, portals, taps, log := tapped(t, 1, nil)

@@ -3,6 +3,7 @@ package initiator_test
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/initiator/pdu"
 	"github.com/mpathd/mpathd/internal/target"
 	"github.com/mpathd/mpathd/scsi"
 )
@@ -143,6 +145,37 @@ func TestResetGivesCommandsBackOnce(t *testing.T) {
 	<-s.Done()
 	require.EqualValues(t, took, c.n.Load())
 	require.Equal(t, initiator.Dead, ev.list()[len(ev.list())-1])
+}
+
+// order notes the tags of commands as they come back.
+type order struct{ tags []uint64 }
+
+func (o *order) Done(c *initiator.Command, _ *block.Plug) { o.tags = append(o.tags, c.Tag) }
+
+// Writes that a path lost are written again in the order in which they were sent.
+func TestLostCommandsComeBackInTheOrderOfTheirCmdSN(t *testing.T) {
+	s := logsIn(t, func(r *raw) {
+		r.login()
+		h, _, _ := r.command()
+		r.dataIn(h.ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
+		r.drain()
+	})
+	first := read8(t, s)
+	var o order
+	submit := func(tag uint64) {
+		c := &initiator.Command{Dir: initiator.DataIn, Data: make([]byte, 4096), Owner: &o, Tag: tag}
+		scsi.Read(&c.CDB, 0, 8, true)
+		var p block.Plug
+		require.True(t, s.Submit(c, &p))
+		p.Flush()
+	}
+	submit(1)
+	submit(2)
+	first.result(t)
+	submit(3) // in the place of the first
+	s.Abort(io.EOF)
+	<-s.Done()
+	require.Equal(t, []uint64{1, 2, 3}, o.tags)
 }
 
 func TestSlowUnitWithPingsIsNotDead(t *testing.T) {
