@@ -74,7 +74,7 @@ conformance:
 	$(GO) test -count=1 -run Conformance ./initiator -conformance $(CURDIR)/docs/conformance.md
 
 lab: deps
-	$(GO) test -v -count=1 -timeout 900s ./internal/lab
+	$(GO) test -v -count=1 -timeout 2700s ./internal/lab -all
 
 # Five minutes of verified writes on /dev/nbd0, on ext4 and xfs, with the daemon
 # killed every few seconds.
