@@ -262,11 +262,13 @@ func capture(file string) ([]byte, error) {
 }
 
 func targetCommand() *cobra.Command {
-	return &cobra.Command{Use: "target [flags]", Short: "a RAM disk behind portals, for trials and drills; never for data", DisableFlagParsing: true,
+	c := &cobra.Command{Use: "target [flags]", Short: "a RAM disk behind portals, for trials and drills; never for data", DisableFlagParsing: true,
 		RunE: func(_ *cobra.Command, a []string) error {
 			if code := target.Main(a, os.Stdout, os.Stderr); code != 0 {
 				os.Exit(code)
 			}
 			return nil
 		}}
+	c.Flags().AddGoFlagSet(target.Flags()) // for the manual and the shells
+	return c
 }

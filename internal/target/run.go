@@ -137,12 +137,14 @@ func (l *list) Set(s string) error {
 	return nil
 }
 
-// Main is `mpathd target`: it parses args, serves until SIGINT or SIGTERM, and
-// gives the exit code: 0 ok, 1 failed, 2 usage.
-func Main(args []string, stdout, stderr io.Writer) int {
-	var o RunOptions
+// Flags are those of `mpathd target`.
+func Flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("mpathd target", flag.ContinueOnError)
-	fs.SetOutput(stderr)
+	new(RunOptions).register(fs)
+	return fs
+}
+
+func (o *RunOptions) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.Size, "size", "1G", "capacity of the RAM disk, such as 512M or 1G")
 	fs.IntVar(&o.BlockSize, "block-size", 512, "logical block in bytes: 512 to 4096")
 	fs.Var((*list)(&o.Portals), "portal", "address to listen on; repeat it or use commas (default 127.0.0.1:3260)")
@@ -150,6 +152,15 @@ func Main(args []string, stdout, stderr io.Writer) int {
 	fs.BoolVar(&o.AllTargets, "all-targets", false, "every target behind every portal")
 	fs.StringVar(&o.Serial, "serial", "mpathd-ram-0", "serial number; the SCSI ID is derived from it")
 	fs.StringVar(&o.ScsiID, "scsi-id", "", "identify as iSCSI Enterprise Target with this ID, or as tgtd's numbered default with tgt")
+}
+
+// Main is `mpathd target`: it parses args, serves until SIGINT or SIGTERM, and
+// gives the exit code: 0 ok, 1 failed, 2 usage.
+func Main(args []string, stdout, stderr io.Writer) int {
+	var o RunOptions
+	fs := flag.NewFlagSet("mpathd target", flag.ContinueOnError)
+	fs.SetOutput(stderr)
+	o.register(fs)
 	fs.Usage = func() {
 		fmt.Fprintln(stderr, "Usage: mpathd target [flags]\nA RAM disk behind one or more iSCSI portals, for trials and drills; never for data.")
 		fs.PrintDefaults()
