@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/nbd"
+	"github.com/mpathd/mpathd/nbd/attach"
 )
 
 // owned tells whether the section that is open is one of mpathd's own.
@@ -65,7 +67,7 @@ func (p *parser) keywords() []string {
 
 var (
 	initiatorKeywords = []string{"name", "discover", "target", "url", "chap_user", "chap_secret_file", "mutual_chap_user", "mutual_chap_secret_file", "chap_algs", "chap_short_secrets", "redirect_allow", "failover_time", "header_digest", "data_digest", "lenient"}
-	nbdKeywords       = []string{"listen", "attach", "tls_cert", "tls_key", "tls_ca", "tls_optional", "allow"}
+	nbdKeywords       = []string{"listen", "attach", "attach_connections", "tls_cert", "tls_key", "tls_ca", "tls_optional", "allow"}
 )
 
 func (p *parser) initiator(b *block, t, v token, val string) {
@@ -145,6 +147,10 @@ func (p *parser) nbd(b *block, t, v token, val string) {
 	case "attach":
 		if val != "auto" && val != "none" && !strings.HasPrefix(val, "/dev/nbd") {
 			err = fmt.Errorf("%q: want auto, none or /dev/nbdN", val)
+		}
+	case "attach_connections":
+		if n, e := strconv.Atoi(val); e != nil || n < 1 || n > attach.MaxConnections {
+			err = fmt.Errorf("%q: want 1 to %d", val, attach.MaxConnections)
 		}
 	default:
 		p.fail(t.col, "unknown keyword %q in nbd%s", t.text, hint(t.text, nbdKeywords))

@@ -19,8 +19,8 @@ import (
 // kernel's sockets to the next one, which goes on reading from them. Nothing
 // is sent twice and no timer of the kernel is involved.
 
-// Inherited is the socket of a kernel device that an earlier run gave away
-// between two requests.
+// Inherited is a socket of a kernel device that an earlier run gave away between
+// two requests. A device with several connections has one for each.
 type Inherited struct {
 	Device string   // /dev/nbdX
 	File   *os.File // owned by whoever holds the value
@@ -120,6 +120,9 @@ func (d *Daemon) Detach(name string, force bool) error {
 	return d.detached(m, k)
 }
 
+// Context ends when the daemon stops.
+func (d *Daemon) Context() context.Context { return d.ctx }
+
 // Done is closed when the daemon stops.
 func (d *Daemon) Done() <-chan struct{} { return d.ctx.Done() }
 
@@ -169,7 +172,7 @@ func (d *Daemon) serveHandover(r *http.Request) error {
 	return nil
 }
 
-// maxHanded bounds the devices of one handover, as the kernel bounds the
+// maxHanded bounds the sockets of one handover, as the kernel bounds the
 // descriptors of one message (SCM_MAX_FD).
 const maxHanded = 253
 
@@ -273,16 +276,16 @@ func receiveDevices(c *net.UnixConn) ([]Inherited, error) {
 	return out, nil
 }
 
-// Inherit takes the socket that an earlier run left for a kernel device, or
-// nil.
-func (d *Daemon) Inherit(device string) *os.File {
+// Inherit takes the sockets that an earlier run left for a kernel device, one for
+// each of its connections that could be handed over.
+func (d *Daemon) Inherit(device string) (fs []*os.File) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i, in := range d.o.Inherited {
 		if in.Device == device && in.File != nil {
 			d.o.Inherited[i].File = nil
-			return in.File
+			fs = append(fs, in.File)
 		}
 	}
-	return nil
+	return fs
 }

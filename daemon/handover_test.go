@@ -41,8 +41,8 @@ func runAsProcess(dir string) error {
 		State: filepath.Join(dir, "state"), Logger: log, Policy: paths.Config{NoPathRetry: paths.Queue}}
 	o.Attach = func(d *Daemon, export, _, _ string, _ block.Geometry) (Kernel, error) {
 		defer log.Info(runReady)
-		if f := d.Inherit(runPath); f != nil {
-			go d.Server().ServeHanded(f, export)
+		if fs := d.Inherit(runPath); len(fs) > 0 {
+			go d.Server().ServeHanded(fs[0], export)
 			return Kernel{Path: runPath, Adopted: true}, nil
 		}
 		c, err := net.FileConn(os.NewFile(3, "nbd"))

@@ -77,7 +77,7 @@ func (cn *conn) give(err error) {
 }
 
 // ServeHanded goes on with a connection that another server gave away. It owns
-// f and returns when the client leaves.
+// f; see ServeTransmission.
 func (s *Server) ServeHanded(f *os.File, name string) error {
 	c, err := net.FileConn(f)
 	f.Close()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"math/rand/v2"
+	"net"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -126,4 +127,57 @@ func TestAConnectionWhoseRequestsDoNotEndIsClosedInsteadOfHandedOver(t *testing.
 	c.SetDeadline(time.Now().Add(5 * time.Second))
 	_, err = c.Read(make([]byte, 1))
 	require.ErrorIs(t, err, io.EOF)
+}
+
+// Who serves the kernel learns whether it wants another connection: not after it
+// left by itself, a hand-over or the end.
+func TestTheEndOfAKernelConnectionIsToldApart(t *testing.T) {
+	d := &late{ram{data: make([]byte, 1<<20)}}
+	s := NewServer(Config{})
+	require.NoError(t, s.AddExport(Export{Name: "disk", Device: d}))
+	serve := func() (c net.Conn, end chan error) {
+		kernel, mine, err := sys.SocketPair()
+		require.NoError(t, err)
+		end = make(chan error, 1)
+		go func() { end <- s.ServeTransmission(mine, "disk") }()
+		c = fileConn(t, kernel)
+		b := make([]byte, proto.RequestLen)
+		proto.PutRequest(b, proto.Request{Type: proto.CmdRead, Length: 512})
+		_, err = c.Write(b)
+		require.NoError(t, err)
+		_, err = io.ReadFull(c, make([]byte, proto.ReplyLen+512))
+		require.NoError(t, err)
+		return c, end
+	}
+	arenas := func() int { s.mu.Lock(); defer s.mu.Unlock(); return len(s.exports["disk"].spare) }
+
+	c, end := serve()
+	c.Close()
+	require.ErrorIs(t, <-end, io.EOF)
+	require.Equal(t, 1, arenas(), "the memory of the one that ended")
+
+	c, end = serve()
+	require.Zero(t, arenas(), "the next one took it")
+	_, err := c.Write(bytes.Repeat([]byte{1}, proto.RequestLen))
+	require.NoError(t, err)
+	require.ErrorContains(t, <-end, "magic")
+
+	c, end = serve()
+	b := make([]byte, proto.RequestLen)
+	proto.PutRequest(b, proto.Request{Type: proto.CmdDisc})
+	_, err = c.Write(b)
+	require.NoError(t, err)
+	require.NoError(t, <-end)
+
+	_, end = serve()
+	hs, err := s.HandOver(context.Background())
+	require.NoError(t, err)
+	require.Len(t, hs, 1)
+	hs[0].File.Close()
+	require.NoError(t, <-end)
+
+	_, end = serve()
+	require.NoError(t, s.Shutdown(context.Background()))
+	require.NoError(t, <-end)
+	require.Zero(t, arenas())
 }

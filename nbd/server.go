@@ -53,6 +53,7 @@ type export struct {
 	limits      atomic.Pointer[proto.Limits]
 	connections atomic.Int64
 	clients     clients
+	spare       []*block.Arena // of kernel connections that ended, for the next ones; under Server.mu
 }
 
 // Server serves exports to connections. All methods are safe for concurrent use.
@@ -259,7 +260,10 @@ func (a Access) welcomes(c net.Conn) bool {
 }
 
 // ServeTransmission serves one export to a client that needs no handshake: the
-// kernel's end of a socket pair. It owns c and returns when the client leaves.
+// kernel's end of a socket pair. It owns c and returns when the client has left
+// and none of its requests is in flight. An error says that the client did not
+// leave by itself (NBD_CMD_DISC) and was not sent away by HandOver or Shutdown: a
+// kernel that gave this connection up waits for another.
 func (s *Server) ServeTransmission(c net.Conn, name string) error {
 	x := s.find(name)
 	if x == nil {
@@ -272,16 +276,50 @@ func (s *Server) ServeTransmission(c net.Conn, name string) error {
 		return errors.New("NBD server: shutting down")
 	}
 	defer s.leave(cn)
-	cn.arena, cn.share = block.NewArena(s.cfg.KernelBytes), s.cfg.KernelBytes
-	defer cn.arena.Close()
-	if s.cfg.Resident {
-		if err := cn.arena.Populate(); err != nil {
-			s.cfg.Logger.Error("the buffers of a kernel device are not resident: it may stall when memory is short", "export", name, "cause", err)
-		}
-	}
+	cn.arena, cn.share = s.kernelArena(x), s.cfg.KernelBytes
+	defer s.keepArena(x, cn.arena)
 	err := cn.transmit()
 	cn.give(err)
-	return nil
+	if errors.Is(err, errDisc) || cn.leaving.Load() || s.isStopped() {
+		return nil
+	}
+	return fmt.Errorf("connection of %s: %w", name, err)
+}
+
+// kernelArena is the memory of a connection of the kernel's. What an earlier one
+// left comes first: a connection that replaces it needs none of the system's.
+func (s *Server) kernelArena(x *export) *block.Arena {
+	s.mu.Lock()
+	if n := len(x.spare); n > 0 {
+		a := x.spare[n-1]
+		x.spare = x.spare[:n-1]
+		s.mu.Unlock()
+		return a
+	}
+	s.mu.Unlock()
+	a := block.NewArena(s.cfg.KernelBytes)
+	if s.cfg.Resident {
+		if err := a.Populate(); err != nil {
+			s.cfg.Logger.Error("the buffers of a kernel device are not resident: it may stall when memory is short", "export", x.Name, "cause", err)
+		}
+	}
+	return a
+}
+
+func (s *Server) keepArena(x *export, a *block.Arena) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		a.Close()
+		return
+	}
+	x.spare = append(x.spare, a)
+}
+
+func (s *Server) isStopped() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stopped
 }
 
 // enter admits a client to the handshake. When too many are in theirs the
@@ -341,6 +379,12 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	for cn := range s.conns {
 		cn.c.SetReadDeadline(time.Unix(1, 0))
+	}
+	for _, x := range s.exports {
+		for _, a := range x.spare {
+			a.Close()
+		}
+		x.spare = nil
 	}
 	s.mu.Unlock()
 	done := make(chan struct{})

@@ -2,19 +2,22 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"strings"
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/daemon"
-	"github.com/mpathd/mpathd/internal/sys"
 	"github.com/mpathd/mpathd/nbd"
 	"github.com/mpathd/mpathd/nbd/attach"
 )
 
 // attacher reads --attach: auto takes any free device where the kernel has
-// NBD, none takes nothing, /dev/nbdX is for the first map.
-func attacher(spec string) (daemon.Attacher, error) {
+// NBD, none takes nothing, /dev/nbdX is for the first map. New devices get that
+// many connections.
+func attacher(spec string, connections int) (daemon.Attacher, error) {
 	switch {
+	case connections < 1 || connections > attach.MaxConnections:
+		return nil, usageError{fmt.Errorf("--attach-connections %d: want 1 to %d", connections, attach.MaxConnections)}
 	case spec == "none":
 		return nil, nil
 	case spec != "auto" && !strings.HasPrefix(spec, "/dev/nbd"):
@@ -29,38 +32,32 @@ func attacher(spec string) (daemon.Attacher, error) {
 	}
 	first := strings.TrimPrefix(spec, "auto")
 	return func(d *daemon.Daemon, export, wwid, device string, g block.Geometry) (daemon.Kernel, error) {
-		backend := attach.BackendPrefix + wwid
-		make, old := attach.Connect, attach.Find(backend)
-		if old != "" {
+		o := attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: attach.BackendPrefix + wwid, Connections: connections,
+			Serve: func(c net.Conn) error { return d.Server().ServeTransmission(c, export) }, Ctx: d.Context(), Logger: logger()}
+		if old := attach.Find(o.Backend); old != "" {
 			// An earlier run died or left, and its users still wait on this device.
-			make, device = attach.Adopt, old
-		}
-		if old != "" {
-			if f := d.Inherit(old); f != nil {
-				dev, err := attach.Inherit(old, backend)
-				if err != nil {
-					f.Close()
-					return daemon.Kernel{}, err
-				}
-				go d.Server().ServeHanded(f, export)
-				return kernelOf(dev, export, true), nil
+			o.Device = old
+			dev, err := attach.Adopt(o, d.Inherit(old)...)
+			if err != nil {
+				return daemon.Kernel{}, err
 			}
+			if was := dev.Size(); was != g.Size {
+				go func() { // may wait for requests in flight
+					if err := dev.Resize(g.Size); err != nil {
+						logger().Warn("the device of an earlier run keeps its old size", "device", old, "size", was, "cause", err)
+					}
+				}()
+			}
+			return kernelOf(dev, export, true), nil
 		}
-		if device == "" {
-			device, first = first, "" // daemon attaches one map at a time
+		if o.Device == "" {
+			o.Device, first = first, "" // daemon attaches one map at a time
 		}
-		kernel, conn, err := sys.SocketPair()
+		dev, err := attach.Connect(o)
 		if err != nil {
 			return daemon.Kernel{}, err
 		}
-		defer kernel.Close()
-		go d.Server().ServeTransmission(conn, export)
-		dev, err := make(attach.Options{Device: device, Size: g.Size, BlockSize: g.BlockSize, Flags: nbd.Flags(g), Backend: backend, Socket: kernel})
-		if err != nil {
-			conn.Close()
-			return daemon.Kernel{}, err
-		}
-		return kernelOf(dev, export, old != ""), nil
+		return kernelOf(dev, export, false), nil
 	}, nil
 }
 

@@ -35,6 +35,7 @@ func runCommand() *cobra.Command {
 	var chap chapFlags
 	var takeOver bool
 	var attachTo, failback, retry, fence, file string
+	var connections int
 	var shadow int64
 	var effective atomic.Pointer[config.Config]
 	c := &cobra.Command{Use: "run [flags] [PATH-URL ...]", Short: "log in, make maps, export them", Args: args(cobra.ArbitraryArgs),
@@ -107,6 +108,9 @@ func runCommand() *cobra.Command {
 				if err := load(&o, &attachTo); err != nil {
 					return err
 				}
+				if v := effective.Load().NBD["attach_connections"]; v != "" && !cmd.Flags().Changed("attach-connections") {
+					connections, _ = strconv.Atoi(v)
+				}
 				o.Reload = func() (daemon.Reloaded, error) {
 					again, ignored := given, ""
 					if err := load(&again, &ignored); err != nil {
@@ -121,7 +125,7 @@ func runCommand() *cobra.Command {
 			if len(o.Targets) == 0 && len(o.Discover) == 0 {
 				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
 			}
-			att, err := attacher(attachTo)
+			att, err := attacher(attachTo, connections)
 			if err != nil {
 				return err
 			}
@@ -206,6 +210,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&o.Control, "control", defaultControl, "control socket")
 	f.BoolVar(&takeOver, "takeover", false, "take the kernel devices over from the daemon that runs behind the control socket, and go on at once (an upgrade)")
 	f.StringVar(&attachTo, "attach", "auto", "kernel device: auto, none or /dev/nbdX")
+	f.IntVar(&connections, "attach-connections", 1, "connections of a new kernel device; with more than one the kernel cuts those whose requests take 30 s")
 	f.StringVar(&o.InitiatorName, "initiator", "", "initiator name (default: /etc/iscsi/initiatorname.iscsi, else generated once)")
 	f.StringSliceVar(&o.Merge, "merge", nil, "WWID whose paths are one disk although it is only a numbered default")
 	f.DurationVar(&o.FailoverTime, "failover-time", time.Second, "silence after which a path is dead; all timers derive from it")

@@ -64,8 +64,8 @@ const storePrefix = "mpathd-"
 func inheritedFromStore() (in []daemon.Inherited) {
 	for name, files := range activation.FilesWithNames() {
 		device, ours := strings.CutPrefix(name, storePrefix)
-		for i, f := range files {
-			if !ours || i > 0 {
+		for _, f := range files {
+			if !ours {
 				f.Close()
 				continue
 			}

@@ -20,3 +20,10 @@ func TestKernelDevice(t *testing.T) {
 	long(t)
 	boot(t, "device.sh", 360, "MPATHD="+built(t, "../../cmd/mpathd"))
 }
+
+// TestKernelConnections gives a device two connections: one that dies, and those
+// that the kernel cuts while the paths are away, are replaced under verified writes.
+func TestKernelConnections(t *testing.T) {
+	long(t)
+	boot(t, "connections.sh", 300, "MPATHD="+built(t, "../../cmd/mpathd"))
+}

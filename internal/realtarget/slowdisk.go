@@ -2,10 +2,8 @@ package realtarget
 
 import (
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -31,20 +29,13 @@ func newSlowDisk(t testing.TB, size int64) *slowDisk {
 	if err := server.AddExport(nbd.Export{Name: "disk", Device: d}); err != nil {
 		t.Fatal(err)
 	}
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ours, kernels := os.NewFile(uintptr(fds[0]), "nbd"), os.NewFile(uintptr(fds[1]), "nbd")
-	defer kernels.Close()
-	c, err := net.FileConn(ours)
-	ours.Close()
-	if err != nil {
-		t.Fatal(err)
-	}
 	ended := make(chan struct{})
-	go func() { defer close(ended); server.ServeTransmission(c, "disk") }()
-	dev, err := attach.Connect(attach.Options{Size: size, BlockSize: 512, Flags: nbd.Flags(d.Geometry()), Backend: "slowdisk", Socket: kernels})
+	serve := func(c net.Conn) error {
+		defer close(ended)
+		server.ServeTransmission(c, "disk")
+		return nil
+	}
+	dev, err := attach.Connect(attach.Options{Size: size, BlockSize: 512, Flags: nbd.Flags(d.Geometry()), Backend: "slowdisk", Serve: serve})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +43,6 @@ func newSlowDisk(t testing.TB, size int64) *slowDisk {
 		if err := dev.Disconnect(); err != nil {
 			t.Errorf("detaching %s: %v", dev.Path(), err)
 		}
-		c.Close()
 		<-ended
 	})
 	d.path = dev.Path()

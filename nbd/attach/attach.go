@@ -1,12 +1,15 @@
-// Package attach owns /dev/nbdX: it hands one end of a socket pair to the
-// kernel's NBD client over generic netlink (drivers/block/nbd.c, family "nbd")
-// and takes the device away again. No handshake takes place on that socket.
+// Package attach owns /dev/nbdX: it hands one end of each of its socket pairs to
+// the kernel's NBD client over generic netlink (drivers/block/nbd.c, family "nbd"),
+// replaces those that the kernel gives up and takes the device away again. No handshake takes place on that socket.
 package attach
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -43,8 +46,28 @@ type Options struct {
 	BlockSize   int           // bytes
 	Flags       uint16        // NBD transmission flags
 	Backend     string        // shown in /sys/block/nbdX/backend; guards the device against strangers
-	Socket      *os.File      // the kernel's end; the caller closes it afterwards
+	Connections int           // of a new device, default 1; one per CPU at most, because the kernel uses no more
 	DeadTimeout time.Duration // how long the kernel waits for a new connection; default one day
+
+	// Serve serves a connection of the kernel's, which it owns. It returns when none
+	// of its requests is in flight: nil if the kernel left by itself or nobody may
+	// serve it here any more, else the connection is replaced.
+	Serve  func(net.Conn) error
+	Ctx    context.Context // when it ends no connection is replaced; default: never
+	Logger *slog.Logger
+}
+
+func (o *Options) defaults() {
+	if o.DeadTimeout <= 0 {
+		o.DeadTimeout = 24 * time.Hour
+	}
+	if o.Ctx == nil {
+		o.Ctx = context.Background()
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	o.Connections = max(1, min(o.Connections, MaxConnections, runtime.NumCPU()))
 }
 
 // Device is an attached kernel device.
@@ -52,6 +75,10 @@ type Device struct {
 	index   int
 	backend string
 }
+
+// MaxConnections bounds the connections of a device: each is a hardware queue of
+// 128 requests in the kernel, and has its own buffers here.
+const MaxConnections = 16
 
 // Path is the device node.
 func (d *Device) Path() string { return fmt.Sprintf("/dev/nbd%d", d.index) }
@@ -81,9 +108,9 @@ func dial() (*genetlink.Conn, genetlink.Family, error) {
 	return c, fam, nil
 }
 
-// Connect attaches. The other end of the socket must be served already: the
-// kernel and udev read at once.
+// Connect attaches and keeps the device connected.
 func Connect(o Options) (*Device, error) {
+	o.defaults()
 	index := -1
 	if o.Device != "" {
 		n, err := strconv.Atoi(strings.TrimPrefix(o.Device, "/dev/nbd"))
@@ -92,21 +119,34 @@ func Connect(o Options) (*Device, error) {
 		}
 		index = n
 	}
-	if o.DeadTimeout <= 0 {
-		o.DeadTimeout = 24 * time.Hour
-	}
 	c, fam, err := dial()
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
-	b, err := encode(o, index)
+	k := newKeeper(o)
+	kernel, err := k.open(o.Connections) // served from now on: the kernel and udev read at once
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(kernel)
+	d, err := connect(c, fam, o, index, kernel)
+	if err != nil {
+		k.abandon()
+		return nil, err
+	}
+	k.is(d)
+	return d, nil
+}
+
+func connect(c *genetlink.Conn, fam genetlink.Family, o Options, index int, kernel []*os.File) (*Device, error) {
+	b, err := encode(o, index, true, kernel)
 	if err != nil {
 		return nil, err
 	}
 	// CONNECT answers with the index by itself: no acknowledgement asked.
 	ms, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdConnect, Version: 1}, Data: b}, fam.ID, netlink.Request)
-	runtime.KeepAlive(o.Socket)
+	runtime.KeepAlive(kernel)
 	if err != nil {
 		if errors.Is(err, fs.ErrExist) || strings.Contains(err.Error(), "busy") {
 			return nil, fmt.Errorf("attach %s: the device is in use%s: detach it first or choose another", o.Device, holder("/", index))
@@ -129,7 +169,7 @@ func Connect(o Options) (*Device, error) {
 	}
 	d := &Device{index, o.Backend}
 	if err = tooOld("/", index, o.Backend); err == nil {
-		err = d.tune()
+		err = d.tune(len(kernel))
 	}
 	if err != nil {
 		d.Disconnect()
@@ -167,32 +207,49 @@ func holder(root string, index int) string {
 	return ""
 }
 
-func encode(o Options, index int) ([]byte, error) {
+// encode makes the attributes of CONNECT, or without geometry those of RECONFIGURE.
+func encode(o Options, index int, geometry bool, sockets []*os.File) ([]byte, error) {
 	e := netlink.NewAttributeEncoder()
 	if index >= 0 {
 		e.Uint32(attrIndex, uint32(index))
 	}
-	e.Uint64(attrSizeBytes, uint64(o.Size))
-	e.Uint64(attrBlockSizeBytes, uint64(o.BlockSize))
-	e.Uint64(attrServerFlags, uint64(o.Flags))
+	if geometry {
+		e.Uint64(attrSizeBytes, uint64(o.Size))
+		e.Uint64(attrBlockSizeBytes, uint64(o.BlockSize))
+		e.Uint64(attrServerFlags, uint64(o.Flags))
+	}
 	e.Uint64(attrDeadConnTimeout, uint64(o.DeadTimeout/time.Second))
 	e.String(attrBackend, o.Backend)
-	fd := uint32(o.Socket.Fd())
 	e.Nested(attrSockets, func(ne *netlink.AttributeEncoder) error {
-		ne.Nested(sockItem, func(ie *netlink.AttributeEncoder) error {
-			ie.Uint32(sockFD, fd)
-			return nil
-		})
+		for _, s := range sockets {
+			fd := uint32(s.Fd())
+			ne.Nested(sockItem, func(ie *netlink.AttributeEncoder) error {
+				ie.Uint32(sockFD, fd)
+				return nil
+			})
+		}
 		return nil
 	})
 	return e.Encode()
 }
 
-// tune sets the queue for a fast device whose requests may wait long: the
-// block layer's timer only reports here, since there is one connection and no
-// NBD timeout.
-func (d *Device) tune() error {
-	for _, kv := range [][2]string{{"scheduler", "none"}, {"io_timeout", "5000"}, {"max_sectors_kb", "1024"}, {"discard_max_bytes", "2147483648"}} {
+// How long the block layer's timer lets a request be in the kernel's hands, in
+// ms. With one connection and no NBD timeout it only reports, and sends anew what
+// a dead connection had: soon, after a crash of the server. With several it cuts
+// the connection of a request that takes longer (nbd_xmit_timeout), so that it
+// must be longer than paths take to fail over.
+const (
+	timerOfOne     = "5000"
+	timerOfSeveral = "30000"
+)
+
+// tune sets the queue for a fast device whose requests may wait long.
+func (d *Device) tune(connections int) error {
+	timer := timerOfOne
+	if connections > 1 {
+		timer = timerOfSeveral
+	}
+	for _, kv := range [][2]string{{"scheduler", "none"}, {"io_timeout", timer}, {"max_sectors_kb", "1024"}, {"discard_max_bytes", "2147483648"}} {
 		err := os.WriteFile(fmt.Sprintf("/sys/block/nbd%d/queue/%s", d.index, kv[0]), []byte(kv[1]), 0)
 		if err != nil && kv[0] != "discard_max_bytes" { // absent where the unit cannot trim
 			return fmt.Errorf("attach: queue setting %s: %w", kv[0], err)
@@ -214,44 +271,78 @@ func Find(backend string) string {
 	return ""
 }
 
-// Adopt gives a device that Find found a new connection (NBD_CMD_RECONFIGURE):
-// what waits in the kernel goes on. The kernel replaces a dead connection only.
-func Adopt(o Options) (*Device, error) {
-	index, err := strconv.Atoi(strings.TrimPrefix(o.Device, "/dev/nbd"))
+// Adopt goes on with a device that Find found. The sockets that the run before
+// handed over are served as they are; the device's other connections are replaced,
+// and what waits in the kernel goes on. Size and block size stay; see Resize.
+func Adopt(o Options, handed ...*os.File) (*Device, error) {
+	o.defaults()
+	defer closeAll(handed)
+	d, err := Open(o.Device)
 	if err != nil {
-		return nil, fmt.Errorf("adopt %s: want /dev/nbdX", o.Device)
+		return nil, fmt.Errorf("adopt: %w", err)
 	}
-	if o.DeadTimeout <= 0 {
-		o.DeadTimeout = 24 * time.Hour
+	if d.backend != o.Backend {
+		return nil, fmt.Errorf("adopt %s: it is not the device of %s", o.Device, o.Backend)
 	}
-	c, fam, err := dial()
+	k, missing := newKeeper(o), d.Connections()
+	k.is(d)
+	for _, f := range handed {
+		c, err := net.FileConn(f)
+		if err != nil {
+			o.Logger.Warn("a connection of the device was not handed over whole", "device", o.Device, "cause", err)
+			continue
+		}
+		missing--
+		go k.keep(c)
+	}
+	if missing <= 0 {
+		return d, nil
+	}
+	kernel, err := k.open(missing)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	b, err := encode(o, index)
-	if err != nil {
-		return nil, err
-	}
-	_, err = c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdReconfigure, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge)
-	runtime.KeepAlive(o.Socket)
-	if err != nil {
+	defer closeAll(kernel)
+	if err := d.reconnect(o.DeadTimeout, kernel...); err != nil {
+		k.abandon()
 		return nil, fmt.Errorf("adopt %s: %w", o.Device, err)
 	}
-	return &Device{index, o.Backend}, nil
+	return d, nil
 }
 
-// Inherit is a device whose socket another process handed over: the kernel
-// need not be told. It proves that the device is this backend's.
-func Inherit(device, backend string) (*Device, error) {
-	index, err := strconv.Atoi(strings.TrimPrefix(device, "/dev/nbd"))
+// reconnect replaces dead connections (NBD_CMD_RECONFIGURE), and with none dead
+// does nothing: the kernel closes what it does not need. Neither the size nor
+// anything else that freezes the queue is sent: it would wait for the requests
+// that wait for this connection.
+func (d *Device) reconnect(timeout time.Duration, kernel ...*os.File) error {
+	c, fam, err := dial()
 	if err != nil {
-		return nil, fmt.Errorf("inherit %s: want /dev/nbdX", device)
+		return err
 	}
-	if have := Find(backend); have != device {
-		return nil, fmt.Errorf("inherit %s: it is not the device of %s", device, backend)
+	defer c.Close()
+	b, err := encode(Options{Backend: d.backend, DeadTimeout: timeout}, d.index, false, kernel)
+	if err != nil {
+		return err
 	}
-	return &Device{index, backend}, nil
+	_, err = c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdReconfigure, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge)
+	runtime.KeepAlive(kernel)
+	return err
+}
+
+// Connections is how many the device was made with: the kernel has a hardware
+// queue for each.
+func (d *Device) Connections() int { return connections("/", d.index) }
+
+func connections(root string, index int) int {
+	qs, _ := filepath.Glob(filepath.Join(root, fmt.Sprintf("sys/block/nbd%d/mq/[0-9]*", index)))
+	return min(max(1, len(qs)), MaxConnections)
+}
+
+// Size is the kernel's idea of the device's size in bytes, 0 if it has none.
+func (d *Device) Size() int64 {
+	b, _ := os.ReadFile(fmt.Sprintf("/sys/block/nbd%d/size", d.index))
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	return n * 512
 }
 
 const links = "/dev/mpath"
