@@ -64,6 +64,14 @@ func (d *Daemon) Snapshot() Maps {
 	return out
 }
 
+// Hangs tells of which maps requests are held up by the daemon itself, not by
+// their paths; see nbd.Server.Hangs. It takes the locks of all maps and their
+// paths, too: a deadlock holds it up for ever.
+func (d *Daemon) Hangs() []string {
+	d.Snapshot()
+	return d.server.Hangs()
+}
+
 func (d *Daemon) handler() http.Handler {
 	mux := http.NewServeMux()
 	show := func(f func() any) http.HandlerFunc {

@@ -43,6 +43,8 @@ type conn struct {
 	r, w   int  // unread bytes are buf[r:w]
 	inside bool // reader: a header was taken, its payload perhaps not yet
 	plug   block.Plug
+	// Odd while the reader is in the device, which never waits; see Server.Hangs.
+	steps, stepsSeen atomic.Uint64
 
 	// Buffers come from arena, at most share bytes of them at a time, or one.
 	arena *block.Arena
@@ -141,7 +143,9 @@ var errDisc = errors.New("client disconnected")
 
 // fill reads once; everything plugged goes out first, because this may wait.
 func (cn *conn) fill(into []byte) (int, error) {
+	cn.steps.Add(1)
 	cn.plug.Flush()
+	cn.steps.Add(1)
 	cn.mu.Lock()
 	busy := len(cn.slots)-len(cn.free) >= yieldDepth
 	cn.mu.Unlock()
@@ -296,7 +300,9 @@ func (cn *conn) next() error {
 	if changes(sl.req.Op) {
 		sl.tracked = cn.x.align.enter(span{sl.req.Off, sl.req.Off + sl.req.Len}, bs, cn.plug.Flush)
 	}
+	cn.steps.Add(1)
 	cn.x.Device.Submit(&sl.req, &cn.plug)
+	cn.steps.Add(1)
 	return nil
 }
 

@@ -13,6 +13,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/internal/sys"
 	"github.com/mpathd/mpathd/nbd/proto"
 )
 
@@ -210,4 +212,58 @@ func TestNoReplyCarriesAnotherExportsData(t *testing.T) {
 		}
 	}
 	<-done
+}
+
+// sticky is a device whose Submit does not return, which no device may do.
+type sticky struct {
+	ram
+	stuck chan struct{}
+}
+
+func (s *sticky) Submit(r *block.Request, p *block.Plug) {
+	if r.Op == block.Flush {
+		<-s.stuck
+	}
+	s.ram.Submit(r, p)
+}
+
+func TestAReaderThatIsStuckInTheDeviceIsTold(t *testing.T) {
+	d := &sticky{ram{data: make([]byte, 1<<20)}, make(chan struct{})}
+	s := NewServer(Config{})
+	require.NoError(t, s.AddExport(Export{Name: "disk", Aliases: []string{"3600"}, Device: d}))
+	kernel, mine, err := sys.SocketPair()
+	require.NoError(t, err)
+	ended := make(chan error)
+	go func() { ended <- s.ServeTransmission(mine, "disk") }()
+	c := fileConn(t, kernel)
+	ask := func(typ uint16, n uint32) {
+		b := make([]byte, proto.RequestLen)
+		proto.PutRequest(b, proto.Request{Type: typ, Length: uint64(n)})
+		_, err := c.Write(b)
+		require.NoError(t, err)
+	}
+	answer := func(n int) {
+		_, err := io.ReadFull(c, make([]byte, proto.ReplyLen+n))
+		require.NoError(t, err)
+	}
+	ask(proto.CmdRead, 512)
+	answer(512)
+	idle := func() { // for any time
+		looks := 0
+		require.Eventually(t, func() bool {
+			if looks++; len(s.Hangs()) > 0 { // it was just about to leave the device
+				looks = 0
+			}
+			return looks == 10
+		}, 20*time.Second, 5*time.Millisecond)
+	}
+	idle()
+	ask(proto.CmdFlush, 0)
+	require.Eventually(t, func() bool { return len(s.Hangs()) > 0 }, 20*time.Second, 10*time.Millisecond)
+	require.Equal(t, []string{"disk"}, s.Hangs())
+	close(d.stuck)
+	answer(0)
+	idle()
+	c.Close()
+	require.Error(t, <-ended)
 }

@@ -369,6 +369,37 @@ func (s *Server) leave(cn *conn) {
 	s.alive.Done()
 }
 
+// Hangs tells which exports have a connection whose reader has been inside of the
+// device since the call before: neither submitting nor sending ever waits, so
+// nothing will come of it. A lock of the data path that is held for ever holds up
+// the call itself. Calls should be seconds apart.
+func (s *Server) Hangs() (exports []string) {
+	s.mu.Lock()
+	var xs []*export
+	for n, x := range s.exports {
+		if n == x.Name {
+			xs = append(xs, x)
+		}
+	}
+	s.mu.Unlock()
+	for _, x := range xs {
+		x.align.mu.Lock()
+		x.align.mu.Unlock()
+		x.orphans.mu.Lock()
+		cns := slices.Clone(x.orphans.conns)
+		x.orphans.mu.Unlock()
+		for _, cn := range cns {
+			cn.mu.Lock()
+			cn.mu.Unlock()
+			now := cn.steps.Load()
+			if cn.stepsSeen.Swap(now) == now && now%2 == 1 && !slices.Contains(exports, x.Name) {
+				exports = append(exports, x.Name)
+			}
+		}
+	}
+	return exports
+}
+
 // Shutdown closes the listeners, stops reading requests and waits, until ctx
 // ends, for those in flight to be answered.
 func (s *Server) Shutdown(ctx context.Context) error {

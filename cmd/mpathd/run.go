@@ -171,7 +171,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			go notifyReady(d)
-			go feedWatchdog(d)
+			go feedWatchdog(d.Done(), d.Hangs, o.Logger)
 			sig := make(chan os.Signal, 2)
 			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR2)
 			ctx, cancel := context.WithCancel(context.Background())

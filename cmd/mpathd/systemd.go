@@ -36,19 +36,23 @@ func notifyReady(d *daemon.Daemon) {
 	sd.SdNotify(false, fmt.Sprintf("%s\nSTATUS=%d maps, %d paths pending", sd.SdNotifyReady, len(s.Maps), len(s.Pending)))
 }
 
-// feedWatchdog tells systemd that we live, as long as the state of all maps can
-// be read: a deadlock ends in a restart.
-func feedWatchdog(d *daemon.Daemon) {
+// feedWatchdog tells systemd that we live, as long as hangs returns, with nothing:
+// a deadlock, or a data path that stands still, ends in a restart, which the
+// kernel devices outlive.
+func feedWatchdog(done <-chan struct{}, hangs func() []string, log *slog.Logger) {
 	every, err := sd.SdWatchdogEnabled(false)
 	if err != nil || every == 0 {
 		return
 	}
 	for {
 		select {
-		case <-d.Done():
+		case <-done:
 			return
 		case <-time.After(every / 3):
-			d.Snapshot()
+			if maps := hangs(); len(maps) > 0 {
+				log.Error("the data path stands still: no keep-alive for the watchdog", "maps", maps)
+				continue
+			}
 			sd.SdNotify(false, sd.SdNotifyWatchdog)
 		}
 	}
