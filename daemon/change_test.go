@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -339,4 +340,51 @@ func TestMetricsAreServed(t *testing.T) {
 	dir := t.TempDir()
 	_, err = Start(Options{Metrics: addr, NBD: "unix:" + filepath.Join(dir, "n"), Control: filepath.Join(dir, "c")})
 	require.ErrorContains(t, err, "address already in use")
+}
+
+// Two daemons with one initiator name end each other's sessions for ever: each
+// says what the reason is likely to be.
+func TestTwoDaemonsWithOneInitiatorName(t *testing.T) {
+	_, ps := disk(t, "contest", 1)
+	a, l := begin(t, Options{URLs: []string{ps[0].URL(0)}, Policy: paths.Config{Alias: "m"}})
+	m := await(t, a, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
+	require.False(t, m.Groups[0].Paths[0].Contested)
+	b, _ := begin(t, Options{URLs: []string{ps[0].URL(0)}, Policy: paths.Config{Alias: "m"}})
+	require.Eventually(t, func() bool { return a.Snapshot().Maps[0].Groups[0].Paths[0].Contested }, time.Minute, 5*time.Millisecond)
+	says(t, l, "path is contested", "same initiator name", "a name of its own")
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	b.Stop(ctx)
+	await(t, a, "it serves again", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
+}
+
+// What the operator does is an event like any other, with its cause.
+func TestOperatorsActionsAreEvents(t *testing.T) {
+	_, ps := disk(t, "events", 2)
+	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, Policy: paths.Config{Alias: "m", Failback: paths.Manual}})
+	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 && serves(m)[0] == ps[0].Addr() })
+	g := d.maps[0].group
+	event := func(name, from, cause string) {
+		t.Helper()
+		d.events.mu.Lock()
+		defer d.events.mu.Unlock()
+		var e Event
+		for _, x := range d.events.recent {
+			if x.Name == name {
+				e = x // the last one
+			}
+		}
+		require.Equal(t, []string{name, "m", cause}, []string{e.Name, e.Map, e.Cause})
+		require.Equal(t, from, e.Fields["from"])
+	}
+	g.SetQueueing(false)
+	event("queueing-switched-off", "", "the operator")
+	g.SetQueueing(true)
+	event("queueing-switched-on", "", "the operator")
+	before := g.Snapshot().Totals.GroupSwitches
+	require.NoError(t, g.Switch(2))
+	event("path-group-switched", ps[0].Addr()+"/0", "the operator")
+	require.NoError(t, g.Switch(0))
+	event("path-group-switched", ps[1].Addr()+"/0", "the operator")
+	require.Equal(t, before+2, g.Snapshot().Totals.GroupSwitches)
 }

@@ -70,8 +70,10 @@ type Group struct {
 	draining      bool
 	again         bool
 	closed        bool
-	active        *Path // a path of the group that serves
-	switched      *Path // a path of the group that the operator switched to
+	active        *Path  // a path of the group that serves
+	switched      *Path  // a path of the group that the operator switched to
+	released      bool   // the operator went back to the policy's choice just now
+	why           string // the last choice of a group is what it is, for the log
 	begun         time.Time
 	quiet         map[string]int // targets to which I/O waits, see hush
 	activating    bool           // an explicit transition is under way: I/O waits

@@ -153,18 +153,31 @@ func (g *Group) choose(groups []*pathGroup, usable, came func(*Path) bool) *path
 		}
 		return nil
 	}
+	g.why = "the operator"
 	if pg := in(g.switched); pg != nil {
 		return pg
 	}
-	g.switched = nil
+	if g.switched != nil {
+		g.switched, g.why = nil, noneUsable
+	}
 	now := in(g.active)
-	if now == nil || now == to || now.marginal && !to.marginal { // leaving a gray path is no failback
+	switch {
+	case g.released:
+	case now == nil:
+		g.why = noneUsable
+	case now.marginal && !to.marginal: // leaving a gray path is no failback
+		g.why = "its paths are gray"
+	}
+	if g.released || now == nil || now == to || now.marginal && !to.marginal {
+		g.released = false
 		g.stopFailback()
 		return to
 	}
+	g.why = "failback"
 	switch {
 	case time.Since(g.begun) < settleTime && slices.ContainsFunc(to.paths, func(p *Path) bool { return came(p) && p.failures.Load() == 0 }):
 		// The map is just coming up, in whatever order its paths log in.
+		g.why = "a better path came up for the first time"
 	case g.cfg().Failback == Manual || g.cfg().Failback == "" && g.servers() > 1:
 		// Of two servers each move risks what the other still has under way.
 		return now
@@ -189,6 +202,8 @@ func (g *Group) choose(groups []*pathGroup, usable, came func(*Path) bool) *path
 	}
 	return to
 }
+
+const noneUsable = "no path of the group is usable"
 
 func (g *Group) stopFailback() {
 	if g.failback != nil {
@@ -216,7 +231,7 @@ func (g *Group) Switch(n int) error {
 		g.mu.Unlock()
 		return fmt.Errorf("map %s has groups 1 to %d, not %d (0 returns to the policy's choice)", g.cfg().Alias, len(groups), n)
 	case n == 0:
-		g.switched, g.active = nil, nil
+		g.switched, g.released = nil, true
 	default:
 		i := slices.IndexFunc(groups[n-1].paths, (*Path).usable)
 		if i < 0 {
@@ -339,7 +354,7 @@ func (g *Group) enter(to *pathGroup, usable func(*Path) bool, wait bool) {
 			}
 			if !g.closed {
 				g.groupSwitches++
-				g.log.Info("path group switched", "from", was.Name, "to", g.active.Name)
+				g.log.Info("path group switched", "from", was.Name, "to", g.active.Name, "cause", g.why)
 			}
 		}
 	}

@@ -19,6 +19,7 @@ func (g *Group) SetQueueing(on bool) {
 	}
 	hopeless := !on && len(g.table.Load().all) == 0
 	g.mu.Unlock()
+	g.log.Info(map[bool]string{true: "queueing switched on", false: "queueing switched off"}[on], "cause", "the operator")
 	g.restart()
 	if hopeless {
 		g.failHeld(block.ErrNoPath)

@@ -85,6 +85,8 @@ type Path struct {
 	record       record
 	relief       time.Duration // how long it was heldFull the last time
 	seen         bool          // was up once
+	cutShort     int           // sessions in a row that the target ended soon, see noteEnd
+	opened       time.Time     // the last login
 	serial       string
 	blocks       uint64 // capacity as last seen through this path
 	portGroup    int

@@ -71,6 +71,9 @@ func (p *Path) routine() {
 		if served > 5*time.Second {
 			backoff = backoffMin
 		}
+		if errors.Is(err, errSpoilt) {
+			p.noteEnd(0, true)
+		}
 		wait := backoff/2 + p.g.cfg().Jitter(backoff)
 		backoff = min(2*backoff, p.longestBackoff(downSince))
 		if err != nil && initiator.Retry(err) == initiator.RetrySlowly {
@@ -106,6 +109,10 @@ func (p *Path) serve() (time.Duration, error) {
 		return 0, err
 	}
 	p.events.logins.Add(1)
+	opened := time.Now()
+	p.g.mu.Lock()
+	p.opened = opened
+	p.g.mu.Unlock()
 	if !p.moved(s) {
 		p.endVia()
 	}
@@ -133,6 +140,8 @@ func (p *Path) serve() (time.Duration, error) {
 		p.down()
 		p.settle()
 		p.rest(s)
+		ended, ok := s.(interface{ Err() error })
+		p.noteEnd(time.Since(opened), ok && initiator.ClosedByTarget(ended.Err()))
 	}()
 	p.listen(s)
 	// Who is this? Only the unit that took the old writes can end them.
@@ -201,6 +210,37 @@ func (p *Path) serve() (time.Duration, error) {
 	p.g.regrow()
 	p.watch(ctx, s, info)
 	return time.Since(began), nil
+}
+
+// A session that the target ends sooner than shortLife after its login, contestEnds
+// times in a row: somebody else logs in with the same name and ISID, and each
+// login ends the other's session (RFC 7143 6.3.5).
+const (
+	shortLife   = 5 * time.Second
+	contestEnds = 5
+)
+
+// noteEnd hears how long a session lived and whether the target ended it.
+func (p *Path) noteEnd(lived time.Duration, byTarget bool) {
+	p.g.mu.Lock()
+	defer p.g.mu.Unlock()
+	switch {
+	case lived >= shortLife:
+		p.cutShort = 0
+	case byTarget && !p.g.closed:
+		p.cutShort++
+		known := slices.ContainsFunc(p.g.paths, func(q *Path) bool { return q != p && q.contested() })
+		if p.cutShort == contestEnds && !known {
+			p.g.log.Warn("path is contested: the target ends its sessions soon after each login, as if another host or daemon logged in with the same initiator name",
+				"path", p.Name, "do", "give each host and daemon a name of its own: name in the section initiator, --initiator or /etc/iscsi/initiatorname.iscsi")
+		}
+	}
+}
+
+// contested tells whether somebody else seems to log in as this path does. Caller
+// holds Group.mu.
+func (p *Path) contested() bool {
+	return p.cutShort >= contestEnds && !(p.up && time.Since(p.opened) >= shortLife)
 }
 
 // verify proves again that the path leads to the map's own disk.

@@ -152,7 +152,8 @@ type PathStatus struct {
 	State        string  `json:"state"`
 	Gray         string  `json:"gray,omitempty"` // why it is delayed or shaky
 	Serving      bool    `json:"serving"`
-	Foreign      bool    `json:"foreign"` // out until reinstated by hand: it leads to another disk
+	Foreign      bool    `json:"foreign"`   // out until reinstated by hand: it leads to another disk
+	Contested    bool    `json:"contested"` // another initiator with the same name seems to end its sessions
 	Checker      string  `json:"checker"`
 	CheckerState string  `json:"checker_state"`
 	Access       string  `json:"access,omitempty"` // asymmetric access state
@@ -213,6 +214,7 @@ func (g *Group) Snapshot() MapStatus {
 				Errors: p.errors.Load(), Failures: p.failures.Load(), LastError: p.lastError, Trust: p.classLocked(),
 				ReadBytes: p.read.Load(), WrittenBytes: p.written.Load(), Times: Timing{&p.latency}}
 			st.Foreign = p.wrongLU && !p.shrunk
+			st.Contested = p.contested()
 			st.Events = Counter{&p.events}
 			st.LUNHex, st.Serial, st.PortGroup = fmt.Sprintf("0x%x", p.PathConfig.LUN), p.serial, p.portGroup
 			st.CheckEveryMS = p.checkEvery.Load() / 1e6

@@ -6,6 +6,9 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/paths"
 )
 
 // Wrong usage exits with 2 and says what is wanted; a daemon that is not there
@@ -31,6 +34,8 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{[]string{"switch", "map", "-1", none}, 2, "unknown shorthand flag"},
 		{[]string{"queue", "map", "maybe", none}, 2, "want on or off"},
 		{[]string{"resize", none}, 2, "want mpathd resize MAP"},
+		{[]string{"detach", "/dev/nbd9999", none}, 1, "/dev/nbd9999: there is no such device"},
+		{[]string{"detach", "/dev/nbd", none}, 1, "want /dev/nbdX"},
 		{[]string{"discover"}, 2, "want mpathd discover PORTAL..."},
 		{[]string{"drill"}, 2, "want mpathd drill MAP [PATH ...]"},
 		{[]string{"drill", "map", "--for=1h", none}, 2, "want 100ms to 10m"},
@@ -50,4 +55,13 @@ func TestExitCodesAndMessages(t *testing.T) {
 		require.ErrorContains(t, err, x.says, "%v", x.args)
 		require.Equal(t, x.code, exitCode(err), "%v: %v", x.args, err)
 	}
+}
+
+// A device that the daemon does not detach is somebody's: say whose, and what to do.
+func TestDetachOfADeviceThatNoMapHas(t *testing.T) {
+	m := &daemon.Maps{Maps: []paths.MapStatus{{Alias: "a", WWID: "3600", NBD: paths.NBDStatus{Device: "/dev/nbd0"}}, {Alias: "b", WWID: "3601"}}}
+	require.NoError(t, refused("/dev/nbd0", "3600", m), "its own: the daemon's answer counts")
+	require.ErrorContains(t, refused("/dev/nbd1", "3600", m), "/dev/nbd1 was attached for map a, which has /dev/nbd0 now: if it is left over")
+	require.ErrorContains(t, refused("/dev/nbd1", "3601", m), "for map b, which has none now")
+	require.ErrorContains(t, refused("/dev/nbd1", "3602", m), "for unit 3602, of which the daemon at")
 }

@@ -153,8 +153,22 @@ func printPending(m *daemon.Maps) {
 	for _, x := range m.Maps {
 		printUnfenced(os.Stdout, x.Alias, &x.Safety)
 	}
+	printContested(os.Stdout, m)
 	for _, p := range m.Pending {
 		fmt.Printf("pending: %s: %s\n", p.URL, p.Cause)
+	}
+}
+
+// printContested is silent while no other initiator seems to end our sessions.
+func printContested(w io.Writer, m *daemon.Maps) {
+	for _, x := range m.Maps {
+		for _, g := range x.Groups {
+			for _, p := range g.Paths {
+				if p.Contested {
+					fmt.Fprintf(w, "%s: path %s is contested: the target ends its sessions soon after each login: does another host or daemon use the same initiator name (see show status)?\n", x.Alias, p.Name)
+				}
+			}
+		}
 	}
 }
 
@@ -228,6 +242,7 @@ func printPaths(m *daemon.Maps) {
 func printTopology(w io.Writer, m *daemon.Maps) {
 	tty := terminal()
 	fmt.Fprint(w, compat.Topology(viewOf(m), "", compat.TopologyStyle{Bold: tty, Colours: tty}))
+	printContested(w, m)
 	for _, p := range m.Pending {
 		fmt.Fprintf(w, "pending: %s: %s\n", p.URL, p.Cause)
 	}
@@ -285,13 +300,21 @@ func detachCommand() *cobra.Command {
 		if err == nil || !strings.HasPrefix(a[0], "/dev/nbd") {
 			return err
 		}
+		dev, whose := attach.Open(a[0])
+		if whose != nil {
+			return whose
+		}
 		if c, e := net.Dial("unix", control); e == nil { // a daemon runs, and it has said no
 			c.Close()
-			return err
-		}
-		dev, err := attach.Open(a[0])
-		if err != nil {
-			return err
+			var m daemon.Maps
+			if e := call("GET", "/maps", nil, &m); e != nil {
+				return e
+			}
+			if why := refused(a[0], dev.WWID(), &m); why == nil {
+				return err
+			} else if !force {
+				return why
+			}
 		}
 		if who := dev.InUse(); who != "" && !force {
 			return fmt.Errorf("%s: %s: end that first, or use --force, which gives it I/O errors", a[0], who)
@@ -300,6 +323,26 @@ func detachCommand() *cobra.Command {
 	}})
 	c.Flags().Bool("force", false, "also a device in use: its users get I/O errors")
 	return c
+}
+
+// refused tells why the daemon with the maps m does not detach a device of
+// mpathd's that was attached for a unit; nil: it is the device of one of them.
+func refused(device, wwid string, m *daemon.Maps) error {
+	for _, x := range m.Maps {
+		if x.NBD.Device == device {
+			return nil
+		}
+	}
+	for _, x := range m.Maps {
+		if x.WWID == wwid {
+			has := "which has none now"
+			if x.NBD.Device != "" {
+				has = "which has " + x.NBD.Device + " now"
+			}
+			return fmt.Errorf("%s was attached for map %s, %s: if it is left over, take it away with --force", device, x.Alias, has)
+		}
+	}
+	return fmt.Errorf("%s was attached by mpathd for unit %s, of which the daemon at %s has no map: if another daemon has it, name that with --control; if it is left over, take it away with --force", device, wwid, control)
 }
 
 func reconfigureCommand() *cobra.Command {

@@ -202,7 +202,7 @@ func holder(root string, index int) string {
 		if err == nil {
 			return fmt.Sprintf(" by process %s (%s)", pid, strings.TrimSpace(string(comm)))
 		}
-		return " by something that is no mpathd"
+		return " by something that does not run any more"
 	}
 	return ""
 }

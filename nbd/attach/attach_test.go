@@ -22,15 +22,25 @@ func TestRefusalsNameTheReason(t *testing.T) {
 
 	require.Empty(t, holder(root, 1))
 	put("sys/block/nbd1/pid", "812\n")
-	require.Equal(t, " by something that is no mpathd", holder(root, 1))
+	require.Equal(t, " by something that does not run any more", holder(root, 1))
 	put("proc/812/comm", "nbd-client\n")
 	require.Equal(t, " by process 812 (nbd-client)", holder(root, 1))
 	require.Equal(t, " as the backend mpathd:3600", holder(root, 0))
 
 	_, err := Connect(Options{Device: "/dev/sda"})
 	require.ErrorContains(t, err, "want /dev/nbdX")
-	_, err = Open("/dev/nbd9999")
-	require.ErrorContains(t, err, "is not attached by mpathd")
+
+	put("sys/block/nbd2/size", "0\n")
+	for device, want := range map[string]string{
+		"/dev/nbd1": "/dev/nbd1 is not attached by mpathd but by process 812 (nbd-client): end that, or `nbd-client -d /dev/nbd1`", "/dev/nbd2": "/dev/nbd2 is free",
+		"/dev/nbd3": "there is no such device", "/dev/nbd": "want /dev/nbdX", "/dev/nbd0p1": "want /dev/nbdX",
+	} {
+		_, err := open(root, device)
+		require.ErrorContains(t, err, want)
+	}
+	d, err := open(root, "/dev/nbd0")
+	require.NoError(t, err)
+	require.Equal(t, "3600", d.WWID())
 }
 
 func TestADeviceHasOneName(t *testing.T) {

@@ -127,19 +127,32 @@ func decimal(s string) string {
 	return fmt.Sprintf("%d:%d", a, b)
 }
 
-// Open is the device at a path, if mpathd attached it, running or not.
-func Open(path string) (*Device, error) {
+// Open is the device at a path, if mpathd attached it, running or not. The error
+// says whose it is otherwise, and what its owner would do.
+func Open(path string) (*Device, error) { return open("/", path) }
+
+func open(root, path string) (*Device, error) {
 	index, err := strconv.Atoi(strings.TrimPrefix(path, "/dev/nbd"))
 	if err != nil || index < 0 {
 		return nil, fmt.Errorf("%s: want /dev/nbdX", path)
 	}
-	b, err := os.ReadFile(fmt.Sprintf("/sys/block/nbd%d/backend", index))
-	backend := strings.TrimSpace(string(b))
-	if err != nil || !strings.HasPrefix(backend, BackendPrefix) {
-		return nil, fmt.Errorf("%s is not attached by mpathd", path)
+	at := filepath.Join(root, fmt.Sprintf("sys/block/nbd%d", index))
+	if _, err := os.Stat(at); err != nil {
+		return nil, fmt.Errorf("%s: there is no such device", path)
 	}
-	return &Device{index, backend}, nil
+	b, err := os.ReadFile(filepath.Join(at, "backend"))
+	if backend := strings.TrimSpace(string(b)); err == nil && strings.HasPrefix(backend, BackendPrefix) {
+		return &Device{index, backend}, nil
+	}
+	who := holder(root, index)
+	if who == "" {
+		return nil, fmt.Errorf("%s is free: nothing is attached to it", path)
+	}
+	return nil, fmt.Errorf("%s is not attached by mpathd but%s: end that, or `nbd-client -d %s`", path, who, path)
 }
+
+// WWID is that of the unit that the device was attached for.
+func (d *Device) WWID() string { return strings.TrimPrefix(d.backend, BackendPrefix) }
 
 // BackendPrefix begins the backend identifier of every device of mpathd's; the
 // WWID follows.
