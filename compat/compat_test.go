@@ -75,6 +75,26 @@ func TestJSONParses(t *testing.T) {
 	}
 }
 
+// TestWildcards compares with what libmultipath 0.9.4 lists (snprint_wildcards);
+// %k and %A came later.
+func TestWildcards(t *testing.T) {
+	want, err := os.ReadFile("testdata/wildcards-0.9.4.txt")
+	require.NoError(t, err)
+	got := Run(&fakeDaemon{view: peerState()}, "show wildcards")
+	for _, later := range []string{"%k  max_sectors_kb\n", "%A  TPG\n"} {
+		require.Contains(t, got, later)
+		got = strings.ReplaceAll(got, later, "")
+	}
+	require.Equal(t, string(want), got)
+}
+
+func TestMarginalGroupsInJSON(t *testing.T) {
+	v := peerState()
+	require.NotContains(t, jsonMaps(&v), `"marginal"`)
+	v.Maps[0].Groups[0].Marginal = true
+	require.Equal(t, 1, strings.Count(jsonMaps(&v), `"marginal_st" : "marginal"`))
+}
+
 func TestWordsAreThePeers(t *testing.T) {
 	for in, want := range map[string]string{
 		"show paths": "list paths", "list paths": "list paths", "lis paths": "list paths", "maps show": "list maps", "show multipaths": "list maps",
@@ -108,7 +128,7 @@ func TestActions(t *testing.T) {
 		require.Equal(t, []string{want}, d.did, cmd)
 	}
 	d.did = nil
-	for _, cmd := range []string{"fail path sdz", "switch map mpatha group x", "switch map nosuch group 1", "suspend map mpatha", "show map nosuch topology", "show path sdz", "getprstatus map mpatha"} {
+	for _, cmd := range []string{"fail path sdz", "switch map mpatha group x", "switch map nosuch group 1", "suspend map mpatha", "show map nosuch topology", "show path sdz", "getprstatus map mpatha", "getprhold map mpatha"} {
 		require.True(t, strings.HasPrefix(Run(d, cmd), "fail\n"), cmd)
 	}
 	require.Empty(t, d.did)

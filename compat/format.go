@@ -201,6 +201,21 @@ var pathColumns = []column[*row]{
 		}
 		return fmt.Sprint(r.p.PortGroup)
 	})},
+	{'k', "max_sectors_kb", ofPath("0", func(r *row) string { return fmt.Sprint(r.m.MaxIO >> 10) })},
+}
+
+// groupColumns are those of path groups; the peer has no command that takes them,
+// and lists them all the same.
+var groupColumns = []column[*paths.GroupStatus]{
+	{'s', "selector", func(g *paths.GroupStatus) string { return g.Selector }}, {'p', "pri", func(g *paths.GroupStatus) string { return fmt.Sprint(g.Prio) }},
+	{'t', "dm_st", func(g *paths.GroupStatus) string { return g.State }}, {'M', "marginal_st", groupMarginal},
+}
+
+func groupMarginal(g *paths.GroupStatus) string {
+	if g.Marginal {
+		return "marginal"
+	}
+	return "normal"
 }
 
 // sysfs is the name of the block device, or "-".

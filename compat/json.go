@@ -87,7 +87,7 @@ func jsonMap(m *paths.MapStatus, rows []row) string {
 		text(in, "selector", g.Selector)
 		number(in, "pri", g.Prio)
 		text(in, "dm_st", g.State)
-		text(in, "marginal_st", "normal")
+		text(in, "marginal_st", groupMarginal(&g))
 		number(in, "group", i+1)
 		b.WriteString(in + `"paths": [`)
 		for k := range g.Paths {

@@ -23,7 +23,8 @@ var keys = []key{
 	{[]string{"status"}, false}, {[]string{"stats"}, false}, {[]string{"topology"}, false}, {[]string{"config"}, false}, {[]string{"blacklist"}, false},
 	{[]string{"devices"}, false}, {[]string{"raw"}, false}, {[]string{"wildcards"}, false}, {[]string{"quit", "exit"}, false},
 	{[]string{"shutdown"}, false}, {[]string{"getprstatus"}, false}, {[]string{"setprstatus"}, false}, {[]string{"unsetprstatus"}, false},
-	{[]string{"format"}, true}, {[]string{"json"}, false}, {[]string{"getprkey"}, false}, {[]string{"setprkey"}, false}, {[]string{"unsetprkey"}, false},
+	{[]string{"format"}, true}, {[]string{"json"}, false}, {[]string{"getprhold"}, false}, {[]string{"setprhold"}, false}, {[]string{"unsetprhold"}, false},
+	{[]string{"getprkey"}, false}, {[]string{"setprkey"}, false}, {[]string{"unsetprkey"}, false},
 	{[]string{"key"}, true}, {[]string{"local"}, false}, {[]string{"setmarginal"}, false}, {[]string{"unsetmarginal"}, false}, {[]string{"all"}, false},
 	{[]string{"help"}, false},
 }

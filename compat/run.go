@@ -182,6 +182,8 @@ func wildcards() string {
 	list("multipath", letters(mapColumns), headers(mapColumns))
 	b.WriteByte('\n')
 	list("path", letters(pathColumns), headers(pathColumns))
+	b.WriteByte('\n')
+	list("pathgroup", letters(groupColumns), headers(groupColumns))
 	return b.String()
 }
 
@@ -265,7 +267,7 @@ func act(d Daemon, c *command) error {
 		return errors.New("use disablequeueing and restorequeueing of maps")
 	case "path setmarginal", "path unsetmarginal", "map unsetmarginal":
 		return errors.New("marginal paths are found by measurement: see the configuration")
-	case "getprstatus map", "map setprstatus", "map unsetprstatus", "getprkey map", "key map setprkey", "map unsetprkey":
+	case "getprstatus map", "map setprstatus", "map unsetprstatus", "getprkey map", "key map setprkey", "map unsetprkey", "getprhold map", "map setprhold", "map unsetprhold":
 		return errors.New("persistent reservations are not handled")
 	}
 	return errUnknown

@@ -187,9 +187,13 @@ func multipath(args []string) int {
 	v := viewOf(&m)
 	switch {
 	case mode == 'c' || mode == 'u':
-		return code(device != "" && v.PathOfMap(device))
+		ours := device != "" && v.PathOfMap(device)
+		fmt.Printf("DM_MULTIPATH_DEVICE_PATH=\"%d\"\n", 1-code(ours)) // for udev rules
+		return code(ours)
 	case mode == 'C' || mode == 'U':
 		return code(device != "" && v.Usable(device))
+	case device != "" && compat.Topology(v, device, compat.TopologyStyle{}) == "":
+		return 1
 	case verbosity == "0":
 	case verbosity == "1":
 		for _, x := range m.Maps {

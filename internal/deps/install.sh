@@ -3,7 +3,7 @@
 set -euo pipefail
 packages="tgt istgt fio qemu-utils qemu-block-extra libnbd-bin libiscsi-bin
 gcc systemd libc6-dev nbdkit python3-libnbd nbd-client xfsprogs parted open-iscsi dmsetup qemu-system-x86 busybox-static cpio kmod nftables e2fsprogs iproute2"
-packages="$packages liburcu8 libaio1 libdevmapper1.02.1 libedit2" # for what is unpacked below
+packages="$packages liburcu8 libaio1 libdevmapper1.02.1 libedit2 libjson-c5" # for what is unpacked below
 missing=
 for p in $packages; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $p"

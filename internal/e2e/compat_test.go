@@ -114,6 +114,9 @@ func TestClientsOfMultipathd(t *testing.T) {
 	ok("fail path 127.0.0.1:3260/0")
 	got, _ = theirs(multipathd, "", "show", "paths", "raw", "format", "%t")
 	require.Equal(t, "failed\nactive\n", got)
+	got, rc = theirs("python3", "", "testdata/dmmp.py", libs)
+	require.Zero(t, rc, got)
+	require.Equal(t, "map xensan "+s.maps().Maps[0].WWID+" -\ngroup 1 0 disabled\npath 127.0.0.1:3260/0 faulty\ngroup 2 1 active\npath 127.0.0.2:3260/0 ready\n", got)
 	ok("reinstate path 127.0.0.1:3260/0")
 	s.await("both paths up again", func(m daemon.Maps) bool { return m.Maps[0].Paths.Usable == 2 })
 	ok("switchgroup map xensan group 2")
@@ -142,4 +145,17 @@ func TestClientsOfMultipathd(t *testing.T) {
 	topology, _ := theirs(multipathd, "", "show", "topology")
 	require.Equal(t, topology, string(out))
 	require.False(t, bytes.Contains(out, []byte("\x1b")), "no colours in a pipe")
+	for _, x := range []struct {
+		args, says string
+		code       int
+	}{
+		{"-v1 -ll", "xensan\n", 0}, {"-ll xensan", topology, 0}, {"-ll nosuch", "", 1}, {"-c 127.0.0.1:3260/0", "DM_MULTIPATH_DEVICE_PATH=\"1\"\n", 0},
+		{"-u sdz", "DM_MULTIPATH_DEVICE_PATH=\"0\"\n", 1}, {"-C xensan", "", 0}, {"-C nosuch", "", 1}, {"-v0", "", 0}, {"-F", "", 1},
+	} {
+		c := exec.Command(link, strings.Fields(x.args)...)
+		c.Env = append(os.Environ(), "MPATHD_CONTROL="+control)
+		out, _ := c.Output()
+		require.Equal(t, x.says, string(out), x.args)
+		require.Equal(t, x.code, c.ProcessState.ExitCode(), x.args)
+	}
 }
