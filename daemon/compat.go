@@ -20,6 +20,10 @@ type legacy struct{ d *Daemon }
 // View is the state of all maps, with the places of kernel devices.
 func (l legacy) View() compat.View {
 	s := l.d.Snapshot()
+	return l.viewOf(&s)
+}
+
+func (l legacy) viewOf(s *Maps) compat.View {
 	v := compat.View{Maps: s.Maps}
 	for i := range v.Maps {
 		for j := range v.Maps[i].Groups {

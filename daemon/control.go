@@ -87,7 +87,7 @@ func (d *Daemon) handler() http.Handler {
 			}
 		}
 	}
-	mux.HandleFunc("GET /maps", show(func() any { return d.Snapshot() }))
+	mux.HandleFunc("GET /maps", d.serveMaps)
 	mux.HandleFunc("GET /status", show(func() any {
 		s := d.Snapshot()
 		safety := map[string]paths.Safety{}

@@ -47,24 +47,26 @@ func personality(argv0 string) func(args []string) int {
 	return nil
 }
 
-// command sends a command and prints the answer; it gives the exit code.
-func command(text string) int {
+// say sends a command of multipathd and writes the answer.
+func say(w io.Writer, text string) error {
 	rs, err := ask("POST", "/compat", url.Values{"cmd": {text}}, callTime)
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+		return err
 	}
 	defer rs.Body.Close()
-	answer, err := io.ReadAll(rs.Body)
-	if err != nil {
+	_, err = io.Copy(w, rs.Body)
+	return err
+}
+
+// command sends a command and prints the answer; it gives the exit code.
+func command(text string) int {
+	var answer bytes.Buffer
+	if err := say(&answer, text); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	os.Stdout.Write(answer)
-	if bytes.HasPrefix(answer, []byte("fail")) {
-		return 1
-	}
-	return 0
+	os.Stdout.Write(answer.Bytes())
+	return code(!bytes.HasPrefix(answer.Bytes(), []byte("fail")))
 }
 
 // multipathd sends the words of the command line, or those of -k.
@@ -179,6 +181,15 @@ func multipath(args []string) int {
 	case mode == 0 && show == 0: // would make maps; they are there
 		return 0
 	}
+	if mode == 0 && verbosity != "0" && verbosity != "1" {
+		var b bytes.Buffer
+		if err := draw(&b, daemon.Text{As: "multipath", Only: device, Style: compat.TopologyStyle{Bold: terminal(), Brief: show == 1}}); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		os.Stdout.Write(b.Bytes())
+		return code(device == "" || b.Len() > 0)
+	}
 	var m daemon.Maps
 	if err := call("GET", "/maps", nil, &m); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -194,15 +205,12 @@ func multipath(args []string) int {
 		return code(device != "" && v.Usable(device))
 	case device != "" && compat.Topology(v, device, compat.TopologyStyle{}) == "":
 		return 1
-	case verbosity == "0":
 	case verbosity == "1":
 		for _, x := range m.Maps {
 			if device == "" || compat.Topology(v, device, compat.TopologyStyle{}) != "" {
 				fmt.Println(x.Alias)
 			}
 		}
-	default:
-		fmt.Print(compat.Topology(v, device, compat.TopologyStyle{Bold: terminal(), Brief: show == 1}))
 	}
 	return 0
 }

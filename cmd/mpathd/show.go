@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -87,22 +88,24 @@ func showCommand() *cobra.Command {
 	var asJSON, watch bool
 	c.PersistentFlags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.PersistentFlags().BoolVar(&watch, "watch", false, "print again every second, until interrupted")
-	sub := func(use, short, path string, out func() any, text func(any)) {
+	sub := func(use, short, path string, text func(w io.Writer) error) {
 		c.AddCommand(&cobra.Command{Use: use, Short: short, Args: args(cobra.NoArgs), RunE: func(*cobra.Command, []string) error {
 			for {
-				v := out()
-				if err := call("GET", path, nil, v); err != nil {
+				var b bytes.Buffer // what a terminal shows changes at once
+				if watch && !asJSON {
+					b.WriteString("\x1b[H\x1b[2J") // home and clear
+				}
+				err := error(nil)
+				if asJSON {
+					err = indented(&b, path)
+				} else {
+					err = text(&b)
+				}
+				if err != nil {
 					return err
 				}
-				if watch && !asJSON {
-					fmt.Print("\x1b[H\x1b[2J") // home and clear
-				}
-				if asJSON {
-					if err := printJSON(v); err != nil {
-						return err
-					}
-				} else {
-					text(v)
+				if _, err := b.WriteTo(os.Stdout); err != nil {
+					return err
 				}
 				if !watch {
 					return nil
@@ -111,21 +114,62 @@ func showCommand() *cobra.Command {
 			}
 		}})
 	}
-	all := func() any { return &daemon.Maps{} }
-	sub("maps", "one line per map", "/maps", all, func(v any) { printMaps(v.(*daemon.Maps)) })
-	sub("paths", "one line per path", "/maps", all, func(v any) { printPaths(v.(*daemon.Maps)) })
-	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", all, func(v any) { printTopology(os.Stdout, v.(*daemon.Maps)) })
-	sub("config", "the configuration in force", "/config", func() any { return &map[string]any{} }, func(any) { command("show config local") })
-	sub("status", "the daemon itself", "/status", func() any { return &daemon.Status{} }, func(v any) {
-		s := v.(*daemon.Status)
-		fmt.Printf("pid %d, up %v, initiator %s, NBD %s, %d maps, %d paths pending\n", s.PID, time.Duration(s.UptimeSeconds)*time.Second, s.Initiator, s.NBD, s.Maps, s.Pending)
+	drawn := func(as string) func(w io.Writer) error {
+		return func(w io.Writer) error {
+			tty := terminal()
+			return draw(w, daemon.Text{As: as, Style: compat.TopologyStyle{Bold: tty, Colours: tty}})
+		}
+	}
+	sub("maps", "one line per map", "/maps", drawn("maps"))
+	sub("paths", "one line per path", "/maps", drawn("paths"))
+	sub("topology", "maps, groups and paths as multipath -ll draws them", "/maps", drawn("topology"))
+	sub("config", "the configuration in force", "/config", func(w io.Writer) error { return say(w, "show config local") })
+	sub("status", "the daemon itself", "/status", func(w io.Writer) error {
+		s := &daemon.Status{}
+		if err := call("GET", "/status", nil, s); err != nil {
+			return err
+		}
+		fmt.Fprintf(w, "pid %d, up %v, initiator %s, NBD %s, %d maps, %d paths pending\n", s.PID, time.Duration(s.UptimeSeconds)*time.Second, s.Initiator, s.NBD, s.Maps, s.Pending)
 		for _, alias := range slices.Sorted(maps.Keys(s.Safety)) {
 			x := s.Safety[alias]
-			fmt.Printf("%s: %s\n", alias, safetyText(&x))
-			printUnfenced(os.Stdout, alias, &x)
+			fmt.Fprintf(w, "%s: %s\n", alias, safetyText(&x))
+			daemon.WriteUnfenced(w, alias, &x)
 		}
+		return nil
 	})
 	return c
+}
+
+// draw has the daemon print its maps. One of an earlier version answers with JSON.
+func draw(w io.Writer, t daemon.Text) error {
+	rs, err := ask("GET", "/maps?"+t.Query().Encode(), nil, callTime)
+	if err != nil {
+		return err
+	}
+	defer rs.Body.Close()
+	if rs.Header.Get("Content-Type") == "application/json" {
+		m := &daemon.Maps{}
+		if err := json.NewDecoder(rs.Body).Decode(m); err != nil {
+			return err
+		}
+		return t.Write(w, m)
+	}
+	_, err = io.Copy(w, rs.Body)
+	return err
+}
+
+// indented gets JSON from the daemon.
+func indented(w *bytes.Buffer, path string) error {
+	rs, err := ask("GET", path, nil, callTime)
+	if err != nil {
+		return err
+	}
+	defer rs.Body.Close()
+	b, err := io.ReadAll(rs.Body)
+	if err != nil {
+		return err
+	}
+	return json.Indent(w, b, "", "  ")
 }
 
 // table lays out columns on stdout; nothing is printed before flush. The cells
@@ -136,39 +180,6 @@ func table() (w io.Writer, flush func()) {
 	return t, func() {
 		t.Flush()
 		out.Flush()
-	}
-}
-
-func printMaps(m *daemon.Maps) {
-	w, flush := table()
-	fmt.Fprintln(w, "NAME\tSTATE\tSIZE\tPATHS\tACTIVE\tQUEUED\tDEVICE\tWWID")
-	for _, x := range m.Maps {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%s\t%s\n", x.Alias, x.State, compat.Size(x.Size), x.Paths.Usable, x.Paths.Total, x.Paths.Active, x.Queued, orDash(x.NBD.Device), x.WWID)
-	}
-	flush()
-	printPending(m)
-}
-
-func printPending(m *daemon.Maps) {
-	for _, x := range m.Maps {
-		printUnfenced(os.Stdout, x.Alias, &x.Safety)
-	}
-	printContested(os.Stdout, m)
-	for _, p := range m.Pending {
-		fmt.Printf("pending: %s: %s\n", p.URL, p.Cause)
-	}
-}
-
-// printContested is silent while no other initiator seems to end our sessions.
-func printContested(w io.Writer, m *daemon.Maps) {
-	for _, x := range m.Maps {
-		for _, g := range x.Groups {
-			for _, p := range g.Paths {
-				if p.Contested {
-					fmt.Fprintf(w, "%s: path %s is contested: the target ends its sessions soon after each login: does another host or daemon use the same initiator name (see show status)?\n", x.Alias, p.Name)
-				}
-			}
-		}
 	}
 }
 
@@ -207,52 +218,6 @@ func safetyText(s *paths.Safety) string {
 		t += fmt.Sprintf("; %d took longer than fence_wait", s.FencesLate)
 	}
 	return t
-}
-
-// printUnfenced is silent while nothing is at risk.
-func printUnfenced(w io.Writer, alias string, s *paths.Safety) {
-	for _, u := range s.Unfenced {
-		risk := fmt.Sprintf("%d writes (%d blocks)", u.Writes, u.Blocks)
-		if u.Whole {
-			risk = "any write of the run before"
-		}
-		waits := fmt.Sprintf("%d requests wait for its fence", s.Held)
-		if u.Hopeless {
-			waits = "what overlaps that fails"
-		}
-		fmt.Fprintf(w, "%s: the old session of path %s may still execute %s, for %v; %s\n", alias, u.Path, risk, time.Duration(u.ForMS)*time.Millisecond, waits)
-	}
-}
-
-func printPaths(m *daemon.Maps) {
-	w, flush := table()
-	fmt.Fprintln(w, "PATH\tMAP\tSTATE\tSERVING\tCHECKER\tIOS\tERRORS\tFAILURES\tP50\tP99\tFENCE\tLAST ERROR")
-	for _, x := range m.Maps {
-		for _, g := range x.Groups {
-			for _, p := range g.Paths {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, orDash(string(p.Trust)), p.LastError)
-			}
-		}
-	}
-	flush()
-	printPending(m)
-}
-
-// printTopology draws as multipath -ll does, with colours on a terminal.
-func printTopology(w io.Writer, m *daemon.Maps) {
-	tty := terminal()
-	fmt.Fprint(w, compat.Topology(viewOf(m), "", compat.TopologyStyle{Bold: tty, Colours: tty}))
-	printContested(w, m)
-	for _, p := range m.Pending {
-		fmt.Fprintf(w, "pending: %s: %s\n", p.URL, p.Cause)
-	}
-}
-
-func orDash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
 }
 
 func pathCommand(verb, short string) *cobra.Command {
