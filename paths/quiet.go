@@ -25,6 +25,7 @@ type Targets struct {
 type knownTarget struct {
 	turn   chan struct{} // held by a fence of a target whose reset ends sessions
 	resets int           // under way
+	begun  int           // resets ever
 	reset  time.Time     // end of the last one
 	ends   bool          // a reset ends sessions
 	told   bool          // a reset was told to other sessions
@@ -99,13 +100,8 @@ func (p *Path) blame(cause error) {
 	k := ts.of(p.Target)
 	caused := k.resets > 0 || !k.reset.IsZero() && time.Since(k.reset) < resetEcho
 	ts.mu.Unlock()
-	if !caused || !ts.remember(p.Target, true) {
-		return
-	}
-	p.g.log.Warn("the target ends other sessions when a unit is reset: I/O to it will wait while old sessions are fenced; if its login waits for what its backend still does, `reinstatement_waits yes` avoids that",
-		"path", p.Name, "target", p.Target)
-	if f := p.g.cfg().OnClass; f != nil {
-		f(p.Target, Drops)
+	if caused {
+		p.g.endsSessions(p.Target, "path", p.Name)
 	}
 }
 
@@ -222,20 +218,39 @@ func (g *Group) resetTold(ctx context.Context, target string, of []witness, sinc
 	return told, asked
 }
 
-// announceReset makes ends of sessions meanwhile count as caused by it.
+// announceReset makes ends of sessions meanwhile count as caused by it. Its own
+// session may be one of them, if another fence sends a reset at the same time:
+// without taking turns two fences would end each other for ever.
 func (g *Group) announceReset(ctx context.Context, s resetter, target string, lun [8]byte) error {
 	ts := g.targets
 	ts.mu.Lock()
 	k := ts.of(target)
 	k.resets++
+	k.begun++
+	nth := k.begun
 	ts.mu.Unlock()
-	defer func() {
-		ts.mu.Lock()
-		k.resets--
-		k.reset = time.Now()
-		ts.mu.Unlock()
-	}()
-	return s.LUReset(ctx, lun)
+	err := s.LUReset(ctx, lun)
+	ts.mu.Lock()
+	k.resets--
+	k.reset = time.Now()
+	another := k.begun > nth
+	ts.mu.Unlock()
+	if another && initiator.ClosedByTarget(err) {
+		g.endsSessions(target)
+	}
+	return err
+}
+
+// endsSessions takes note of a target whose reset has ended another session.
+func (g *Group) endsSessions(target string, which ...any) {
+	if !g.targets.remember(target, true) {
+		return
+	}
+	g.log.Warn("the target ends other sessions when a unit is reset: I/O to it will wait while old sessions are fenced; if its login waits for what its backend still does, `reinstatement_waits yes` avoids that",
+		append([]any{"target", target}, which...)...)
+	if f := g.cfg().OnClass; f != nil {
+		f(target, Drops)
+	}
 }
 
 // hush lets no map start I/O to the target, and waits for what is under way.

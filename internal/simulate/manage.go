@@ -60,7 +60,14 @@ func (tc *tconn) manage(h pdu.Header) {
 			answer(pdu.TMFComplete)()
 			return
 		}
-		s.wait(s.resetLU(tc), answer(pdu.TMFComplete))
+		if s.resetEnds {
+			for _, o := range slices.Clone(s.conns) {
+				if o != tc && o.full {
+					o.kill()
+				}
+			}
+		}
+		s.wait(s.resetLU(tc), func() { s.w.after(s.resetTakes, answer(pdu.TMFComplete)) })
 	default:
 		answer(pdu.TMFNotSupported)()
 	}

@@ -18,6 +18,8 @@ type behaviour struct {
 	ignoresLUR  bool          // LOGICAL UNIT RESET is answered and does nothing
 	resetAborts bool          // LOGICAL UNIT RESET and ABORT TASK end commands that wait for data too
 	dataTimeout time.Duration // a session whose Data-Out is later than this is closed
+	resetEnds   bool          // LOGICAL UNIT RESET ends every other session first
+	resetTakes  time.Duration // until it is answered, at least
 	pings       time.Duration // how often it asks whether its peer is still there; 0: hardly ever
 	serial      bool          // one command at a time, in order; one that waits for data holds all up
 }
@@ -25,7 +27,7 @@ type behaviour struct {
 var behaviours = map[string]*behaviour{
 	"tgt":   {name: "tgt", secure: true},
 	"LIO":   {name: "LIO", loginWaits: true, resetAborts: true, dataTimeout: 3 * time.Second, pings: 15 * time.Second},
-	"istgt": {name: "istgt", loginTakes: 950 * time.Millisecond, serial: true, dataTimeout: 8 * time.Second, pings: 20 * time.Second},
+	"istgt": {name: "istgt", loginTakes: 950 * time.Millisecond, resetEnds: true, resetTakes: time.Second, serial: true, dataTimeout: 8 * time.Second, pings: 20 * time.Second},
 	"hasty": {name: "hasty", secure: true, ignoresLUR: true}, // tgt, if it did not wait
 	"liar":  {name: "liar", keeps: true, ignoresLUR: true},
 }
