@@ -6,6 +6,7 @@ package realtarget
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -214,20 +215,23 @@ func Need(t testing.TB, tools ...string) {
 var given sync.Map
 
 // FreePort is a port of 127.0.0.1 that nobody listens on, and another one each
-// time in this process.
+// time in this process. It is none of those that the kernel gives to outgoing
+// connections, from 32768 on: one of these might take it before its target does.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	for {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	for range 1000 {
+		port := 12000 + rand.IntN(20000)
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		port := l.Addr().(*net.TCPAddr).Port
 		l.Close()
 		if _, taken := given.LoadOrStore(port, true); !taken {
 			return port
 		}
 	}
+	t.Fatal("no free port")
+	return 0
 }
 
 func command(t testing.TB, name string, args ...string) string {
