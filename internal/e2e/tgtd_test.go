@@ -182,16 +182,20 @@ func (s *stack) maps() (m daemon.Maps) {
 	return m
 }
 
+// patience is how long a test waits for what should come: in the emulated machine
+// all goes slowly at times.
+const patience = 2 * time.Minute
+
 func (s *stack) await(what string, ok func(daemon.Maps) bool) time.Duration {
 	s.t.Helper()
 	began := time.Now()
-	for time.Since(began) < 30*time.Second {
+	for time.Since(began) < patience {
 		if ok(s.maps()) {
 			return time.Since(began)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	s.t.Fatalf("%s: not within 30 s: %+v", what, s.maps())
+	s.t.Fatalf("%s: not within %v: %+v", what, patience, s.maps())
 	return 0
 }
 

@@ -20,7 +20,7 @@ func TestLateWritesOnLIO(t *testing.T) {
 	}
 	for _, protection := range []string{"hold", "strict", "shadow", "waits", "preempt", "off"} {
 		t.Run(protection, func(t *testing.T) {
-			inVM(t, "../e2e", 200+25**ghostRounds, *ghostTable, "late writes", 2, "-test.run", "LateWritesOnLIO/"+protection, "-test.parallel", "6", "-ghost-rounds", fmt.Sprint(*ghostRounds), "-ghost-build", *ghostBuild)
+			inVM(t, "../e2e", 200+25**ghostRounds, *ghostTable, "late writes", 2, "-test.run", "LateWritesOnLIO/"+protection, "-test.parallel", "3", "-ghost-rounds", fmt.Sprint(*ghostRounds), "-ghost-build", *ghostBuild)
 		})
 	}
 }

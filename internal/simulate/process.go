@@ -184,8 +184,11 @@ func (p *process) config(info *initiator.LUInfo) paths.Config {
 		p.point()
 		w.state.mu.Lock()
 		defer w.state.mu.Unlock()
-		if !p.dead.Load() {
+		switch {
+		case !p.dead.Load():
 			w.state.lost = lost
+		case lost: // it crashed with the report in its hands, which is not made again
+			w.guest.tells(1)
 		}
 	}
 	c.OnRisk = func(path string, risk bool, portals []string) {
