@@ -152,6 +152,42 @@ func TestSetTwice(t *testing.T) {
 	require.Equal(t, "y", c.For(LU{WWID: "a"}).Alias)
 }
 
+// One setting under two of its names is one setting.
+func TestSetTwiceUnderTwoNames(t *testing.T) {
+	for range 20 { // maps have no order
+		c := Parse("f", "defaults {\n path_checker directio\n checker readsector0\n}\ndefaults {\n default_selector \"round-robin 0\"\n}\ndefaults {\n path_selector \"queue-length 0\"\n}\n")
+		require.Empty(t, errorsOf(c))
+		require.Len(t, c.Warnings, 1)
+		require.Contains(t, c.Warnings[0].Error(), "f:3: checker is set twice in this section, in line 2 too")
+		s := c.For(LU{})
+		require.Equal(t, "readsector0", s.Checker)
+		require.Equal(t, "queue-length 0", s.Selector)
+		require.Equal(t, Section{"checker": "readsector0", "path_selector": "queue-length 0"}, c.Defaults)
+		c = Parse("f", "multipaths {\n multipath {\n wwid a\n path_checker directio\n }\n multipath {\n wwid a\n path_checker tur\n }\n}\n")
+		require.Equal(t, "tur", c.For(LU{WWID: "a"}).Checker)
+	}
+}
+
+// The programs that ranked paths until 2009 are prioritizers now.
+func TestPrioCallouts(t *testing.T) {
+	for callout, want := range map[string]string{
+		`"/sbin/mpath_prio_alua /dev/%n"`: "alua", `"/sbin/mpath_prio_netapp /dev/%n"`: "ontap", `"/sbin/mpath_prio_hds_modular %d"`: "hds", "mpath_prio_rdac": "rdac",
+	} {
+		c := Parse("f", "devices {\n device {\n vendor v\n product p\n prio_callout "+callout+"\n }\n}\n")
+		require.Empty(t, errorsOf(c))
+		require.Empty(t, c.Warnings, callout)
+		require.Equal(t, want, c.For(LU{Vendor: "v", Product: "p"}).Prio, callout)
+	}
+	for _, callout := range []string{"/bin/true", "/usr/local/bin/ours", "alua", `""`} {
+		c := Parse("f", "defaults {\n default_prio_callout "+callout+"\n}\n")
+		require.Len(t, c.Warnings, 1, callout)
+		require.Empty(t, c.For(LU{}).Prio, callout)
+	}
+	c := Parse("f", "defaults {\n prio_callout mpath_prio_emc\n prio random\n}\n")
+	require.Len(t, c.Warnings, 1)
+	require.Equal(t, "random", c.For(LU{}).Prio)
+}
+
 // Where nothing of the value has a meaning here, nothing of it can be lost.
 func TestSeveralWordsOfWhatDoesNothing(t *testing.T) {
 	c := Parse("f", "defaults {\n default_getuid_callout /sbin/scsi_id -g -u -s /block/%n\n features 1 queue_if_no_path\n}\n")

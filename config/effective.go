@@ -134,9 +134,7 @@ func matches(d Section, lu LU) bool {
 func canonical(s Section) Section {
 	out := Section{}
 	for k, v := range s {
-		if c, ok := synonyms[k]; ok {
-			k = c
-		}
+		k, v = meaning(k, v)
 		out[k] = v
 	}
 	return out

@@ -2,6 +2,8 @@ package config
 
 import (
 	"fmt"
+	"maps"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -256,15 +258,42 @@ var options = []option{
 	{"bindings_file", "D", text, "bindings are kept in /var/lib/mpathd", ""}, {"wwids_file", "D", text, old, ""}, {"prkeys_file", "D", text, keys, ""},
 	{"config_dir", "D", text, old, ""}, {"multipath_dir", "D", text, old, ""}, {"getuid_callout", "DV", text, "IDs are read from page 0x83, as scsi_id prints them", ""},
 	{"pg_timeout", "DVMO", text, old, ""}, {"disable_changed_wwids", "D", yesNo, old, ""},
-	{"udev_dir", "D", text, udev, ""}, {"prio_callout", "DV", text, "prio names a built-in prioritizer now", ""},
+	{"udev_dir", "D", text, udev, ""}, {"prio_callout", "DV", text, "prio names a built-in prioritizer now; one of mpath_prio_alua, emc, hds_modular, hp_sw, netapp, random, rdac and tpc is taken for it", ""},
 	{"default_getuid_callout", "D", text, "IDs are read from page 0x83, as scsi_id prints them", ""},
-	{"default_prio_callout", "D", text, "prio names a built-in prioritizer now", ""},
+	{"default_prio_callout", "D", text, "prio names a built-in prioritizer now; one of mpath_prio_alua, emc, hds_modular, hp_sw, netapp, random, rdac and tpc is taken for it", ""},
 }
 
 // synonyms are spellings of 2005 to 2010 and short ones: they mean what they meant.
 var synonyms = map[string]string{
 	"checker": "path_checker", "selector": "path_selector", "default_selector": "path_selector",
 	"default_path_grouping_policy": "path_grouping_policy", "default_features": "features", "default_path_checker": "path_checker",
+}
+
+// callouts are the prioritizers that the programs of prio_callout became (0.4.9).
+var callouts = map[string]string{"alua": "alua", "emc": "emc", "hds_modular": "hds", "hp_sw": "hp_sw", "netapp": "ontap", "random": "random", "rdac": "rdac", "tpc": "rdac"}
+
+// meaning is a setting in today's words.
+func meaning(keyword, value string) (string, string) {
+	if c, ok := synonyms[keyword]; ok {
+		return c, value
+	}
+	if keyword == "prio_callout" || keyword == "default_prio_callout" {
+		program, _, _ := strings.Cut(strings.TrimSpace(value), " ")
+		if p, ok := callouts[strings.TrimPrefix(path.Base(program), "mpath_prio_")]; ok && strings.HasPrefix(path.Base(program), "mpath_prio_") {
+			return "prio", p
+		}
+	}
+	return keyword, value
+}
+
+// put sets a keyword, and takes away what the same setting was called before.
+func (s Section) put(keyword, value string) {
+	k, _ := meaning(keyword, value)
+	maps.DeleteFunc(s, func(other, x string) bool {
+		o, _ := meaning(other, x)
+		return o == k
+	})
+	s[keyword] = value
 }
 
 func strictly(v string, words ...string) error {

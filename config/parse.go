@@ -392,7 +392,7 @@ func (p *parser) option(b *block, t, v token) {
 		}
 		return
 	}
-	if o.idle != "" {
+	if k, _ := meaning(name, v.text); o.idle != "" && k == name {
 		p.warn(t.col, "%s does nothing here: %s", t.text, o.idle)
 	}
 	p.set(b, t, v.text)
@@ -405,10 +405,19 @@ func (p *parser) option(b *block, t, v token) {
 // perhaps by a file of conf.d, may say something else without a warning: that is
 // what it is for.
 func (p *parser) set(b *block, t token, v string) {
-	if before, twice := b.at[t.text]; twice {
-		p.warn(t.col, "%s is set twice in this section, in line %d too: the later one wins", t.text, before.Line)
+	for k, before := range b.at {
+		if x, ok := b.into[k]; ok && sameSetting(k, x, t.text, v) {
+			p.warn(t.col, "%s is set twice in this section, in line %d too: the later one wins", t.text, before.Line)
+		}
 	}
-	b.into[t.text], b.at[t.text] = v, place{Pos{p.file, p.line, t.col}, printable(p.src)}
+	b.into.put(t.text, v)
+	b.at[t.text] = place{Pos{p.file, p.line, t.col}, printable(p.src)}
+}
+
+func sameSetting(keyword, value, other, x string) bool {
+	a, _ := meaning(keyword, value)
+	b, _ := meaning(other, x)
+	return a == b
 }
 
 // finish checks what only the whole tells, and merges entries of one thing.
@@ -459,7 +468,9 @@ func merge(list []Section, at []places, need, more []string, lacks func(places))
 			out, outAt = append(out, s), append(outAt, at[i])
 			continue
 		}
-		maps.Copy(out[j], s)
+		for k, v := range s {
+			out[j].put(k, v)
+		}
 		maps.Copy(outAt[j], at[i])
 	}
 	return out, outAt
