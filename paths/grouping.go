@@ -68,8 +68,8 @@ func (g *Group) key(p *Path) string {
 	return k
 }
 
-// grouping sorts the paths into groups: higher rank first, the others as
-// configured. Caller holds mu.
+// grouping sorts the paths into groups: higher rank first, then those of more
+// paths, the others as configured. Caller holds mu.
 func (g *Group) grouping(usable func(*Path) bool) []*pathGroup {
 	var out []*pathGroup
 	by := map[string]*pathGroup{}
@@ -113,6 +113,8 @@ func (g *Group) grouping(usable func(*Path) bool) []*pathGroup {
 	}
 	slices.SortStableFunc(out, func(a, b *pathGroup) int {
 		switch {
+		case a.marginal == b.marginal && a.rank == b.rank:
+			return len(b.paths) - len(a.paths)
 		case a.marginal == b.marginal:
 			return b.rank - a.rank
 		case a.marginal:

@@ -183,6 +183,14 @@ func TestGroupsByPolicy(t *testing.T) {
 	require.Equal(t, 50, groups[0].prio, "D is down and unknown")
 	require.Equal(t, 30, groups[1].prio)
 	require.Equal(t, groups[0], best(groups))
+
+	g := mk("group_by_node_name", false)
+	for i, p := range g.paths {
+		p.prio, p.Target = 1, "iqn."+string("abbb"[i])
+	}
+	require.Equal(t, []string{"BCD", "A"}, names(g), "of equal ones, the group of more paths")
+	g.paths[1].up, g.paths[2].up = false, false
+	require.Equal(t, []string{"BCD", "A"}, names(g), "whatever happens to them: operators count groups")
 }
 
 func policiesOf(name string, servers bool) []policy {
