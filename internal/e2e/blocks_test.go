@@ -39,7 +39,7 @@ func newUnit(t *testing.T, tgt bool, block int, params string) *unit {
 		u.image, lun = filepath.Join(dir, "image"), 1
 		require.NoError(t, os.WriteFile(u.image, nil, 0o600))
 		require.NoError(t, os.Truncate(u.image, unitSize))
-		d := &tgtd{t: t, control: 1000 + port%20000, port: port, image: u.image, iqn: iqn, params: params, block: block}
+		d := &tgtd{t: t, control: port, port: port, image: u.image, iqn: iqn, params: params, block: block}
 		d.start()
 		t.Cleanup(d.kill)
 	} else {
@@ -95,6 +95,7 @@ func TestDisksOf4KiBBlocks(t *testing.T) {
 		{"tgtd 512e", true, 512, ",lbppbe=3"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			u := newUnit(t, c.tgt, c.block, c.params)
 			m := u.maps().Maps[0]
 			require.Equal(t, c.block, m.BlockSize)
@@ -191,6 +192,7 @@ func TestTrimsAndZeroes(t *testing.T) {
 		{"tgtd thin 4Kn", true, 4096, ",thin_provisioning=1", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			u := newUnit(t, c.tgt, c.block, c.params)
 			used := func() int64 {
 				var st syscall.Stat_t

@@ -56,6 +56,7 @@ func memoryServer(t *testing.T) (socket string) {
 
 // TestClientsOfOthers runs what nobody here wrote against a thin unit.
 func TestClientsOfOthers(t *testing.T) {
+	t.Parallel()
 	realtarget.Need(t, "nbdkit", "nbdcopy", "nbdinfo", "qemu-img", "qemu-io", "fio")
 	needLibnbd(t)
 	s := newStackWith(t, ",thin_provisioning=1")

@@ -56,6 +56,7 @@ func network(t *testing.T) (in func(name string, args ...string) *exec.Cmd) {
 // mpathd through their own socket, and compares what they print with what
 // mpathd's own entry points print.
 func TestClientsOfMultipathd(t *testing.T) {
+	t.Parallel()
 	multipathd, multipathc := peer(t, "multipath-tools", "sbin/multipathd"), peer(t, "multipath-tools", "sbin/multipathc")
 	libs := filepath.Join(filepath.Dir(filepath.Dir(multipathd)), "lib")
 	in, dir := network(t), t.TempDir()

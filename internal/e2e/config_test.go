@@ -22,6 +22,7 @@ import (
 // TestReferenceSetup runs a multipath.conf of 2009 as it stands, with the
 // initiator section added, through a failover and back.
 func TestReferenceSetup(t *testing.T) {
+	t.Parallel()
 	var id [16]byte
 	copy(id[:], "149455403f160c00")
 	lu, err := target.NewLU(16<<20, 512, target.IETIdentity(id))

@@ -328,11 +328,7 @@ func passed(t *testing.T, test, targets, rounds, found string) {
 
 // beside lets the rounds of a test run beside those of others: most of the time
 // they wait.
-func beside(t *testing.T) {
-	if *ghostRounds > 1 {
-		t.Parallel()
-	}
-}
+func beside(t *testing.T) { t.Parallel() }
 
 var tableMu sync.Mutex
 

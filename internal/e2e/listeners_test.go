@@ -61,6 +61,7 @@ func certificates(t *testing.T, dir string) {
 // TestListenersDecideWhoComesIn: each listener has its own TLS, addresses and
 // permissions, as libnbd and QEMU see them.
 func TestListenersDecideWhoComesIn(t *testing.T) {
+	t.Parallel()
 	realtarget.Need(t, "nbdinfo", "qemu-io", "qemu-img")
 	needLibnbd(t)
 	pki, open := t.TempDir(), t.TempDir()

@@ -24,7 +24,7 @@ func lone(t *testing.T) (*tgtd, initiator.Config) {
 	require.NoError(t, os.WriteFile(image, nil, 0o600))
 	require.NoError(t, os.Truncate(image, 64<<20))
 	port := realtarget.FreePort(t)
-	d := &tgtd{t: t, control: 1000 + port%20000, port: port, image: image, iqn: "iqn.2009-01.nl.pref:storage.lone"}
+	d := &tgtd{t: t, control: port, port: port, image: image, iqn: "iqn.2009-01.nl.pref:storage.lone"}
 	d.start()
 	t.Cleanup(d.kill)
 	return d, initiator.Config{Address: fmt.Sprintf("127.0.0.1:%d", port), TargetName: d.iqn, InitiatorName: "iqn.2006-07.com.example.intra:hannibal", ISID: [6]byte{0x80, 1}}
@@ -39,6 +39,7 @@ func login(c initiator.Config) error {
 }
 
 func TestCHAPAgainstTgtd(t *testing.T) {
+	t.Parallel()
 	d, c := lone(t)
 	d.adm("--op", "new", "--mode", "account", "--user", "hannibal", "--password", "elephants-over-alps")
 	d.adm("--op", "bind", "--mode", "account", "--tid", "1", "--user", "hannibal")
@@ -83,6 +84,7 @@ func moves(t *testing.T, s *initiator.Session) {
 }
 
 func TestDigestsAgainstTgtd(t *testing.T) {
+	t.Parallel()
 	d, c := lone(t)
 	for _, k := range []string{"HeaderDigest", "DataDigest"} {
 		d.adm("--op", "update", "--mode", "target", "--tid", "1", "-n", k, "-v", "CRC32C,None")
@@ -109,6 +111,7 @@ func TestDigestsAgainstTgtd(t *testing.T) {
 
 // Every combination of InitialR2T and ImmediateData, and small bursts.
 func TestBurstsAgainstTgtd(t *testing.T) {
+	t.Parallel()
 	d, c := lone(t)
 	for _, r2t := range []string{"Yes", "No"} {
 		for _, immediate := range []string{"Yes", "No"} {

@@ -19,6 +19,7 @@ import (
 // A unit above 255, in flat space addressing, and one that is named by the raw
 // bytes of that addressing although its number is small.
 func TestUnitsByNumberAndByRawBytes(t *testing.T) {
+	t.Parallel()
 	d, c := lone(t)
 	image := filepath.Join(t.TempDir(), "image")
 	require.NoError(t, os.WriteFile(image, nil, 0o600))

@@ -37,6 +37,7 @@ func get(t *testing.T, url string) []byte {
 // tests, what a running daemon serves, and that an alert becomes true in a
 // failover and false after it.
 func TestAlertsAndDashboard(t *testing.T) {
+	t.Parallel()
 	promtool, prometheus := peer(t, "prometheus", "usr/bin/promtool"), peer(t, "prometheus", "usr/bin/prometheus")
 	rules, err := filepath.Abs("../../dist/prometheus/mpathd.rules.yml")
 	require.NoError(t, err)

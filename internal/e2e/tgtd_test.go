@@ -136,7 +136,7 @@ func newStackWith(t *testing.T, params string, more ...string) *stack {
 	args = append(args, more...)
 	for i := range s.targets {
 		port := realtarget.FreePort(t)
-		d := &tgtd{t: t, control: 1000 + port%20000 + i, port: port, image: image, iqn: fmt.Sprintf("iqn.2009-01.nl.pref:storage.xensan%d", i+1), params: params}
+		d := &tgtd{t: t, control: port, port: port, image: image, iqn: fmt.Sprintf("iqn.2009-01.nl.pref:storage.xensan%d", i+1), params: params}
 		d.start()
 		t.Cleanup(d.kill)
 		p, err := faultnet.New("127.0.0.1:0", fmt.Sprintf("127.0.0.1:%d", port))
@@ -216,6 +216,7 @@ func TestVerifiedWritesSurvive(t *testing.T) {
 		{"blackholed", func(s *stack) { s.proxies[0].Blackhole() }, func(s *stack) { s.proxies[0].Heal() }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
 			s := newStack(t)
 			// Each block is written once, so that a late copy of a write changes nothing.
 			fio := exec.Command("fio", "--name=v", "--ioengine=nbd", "--uri="+s.uri, "--rw=randwrite", "--bs=4k-64k", "--iodepth=32", "--size=200m",
@@ -226,16 +227,16 @@ func TestVerifiedWritesSurvive(t *testing.T) {
 			if err := fio.Start(); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(2 * time.Second)
-			before := s.maps().Maps[0].Groups[0].Paths[0]
-			if !before.Serving || before.IOs == 0 {
-				t.Errorf("the first path should serve before the cut: %+v", before)
-			}
+			s.await("I/O on the first path", func(m daemon.Maps) bool {
+				p := m.Maps[0].Groups[0].Paths[0]
+				return p.Serving && p.IOs > 0
+			})
+			time.Sleep(time.Second)
 			c.cut(s)
-			time.Sleep(3 * time.Second)
-			if p := s.maps().Maps[0].Groups[1].Paths[0]; !p.Serving && c.name != "reset" {
-				t.Errorf("the second path should serve while the first is cut: %+v", p)
+			if c.name != "reset" {
+				s.await("the second path serving while the first is cut", func(m daemon.Maps) bool { return m.Maps[0].Groups[1].Paths[0].Serving })
 			}
+			time.Sleep(2 * time.Second)
 			c.mend(s)
 			if err := fio.Wait(); err != nil {
 				t.Fatalf("fio: %v\n%s%s", err, out.String(), errOut.String())
@@ -269,6 +270,7 @@ func TestVerifiedWritesSurvive(t *testing.T) {
 
 // TestClients runs clients nobody here wrote against the export.
 func TestClients(t *testing.T) {
+	t.Parallel()
 	realtarget.Need(t, "nbdinfo", "nbdcopy", "qemu-io", "qemu-img")
 	s := newStack(t)
 	run := func(name string, args ...string) string {

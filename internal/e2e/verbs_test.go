@@ -18,6 +18,7 @@ import (
 // TestVerbsOfARunningDaemon drives a daemon with a configuration by its
 // commands: switch, reconfigure, resize, events, queue.
 func TestVerbsOfARunningDaemon(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	ports := [2]int{realtarget.FreePort(t), realtarget.FreePort(t)}
 	iqn := "iqn.2026-01.io.mpathd:verbs"

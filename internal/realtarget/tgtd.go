@@ -17,7 +17,7 @@ func newTgtd(b base) *tgtd {
 	Need(b.t, "tgtd", "tgtadm")
 	g := &tgtd{base: b}
 	g.ports("127.0.0.1")
-	g.control = 1000 + FreePort(b.t)%30000
+	g.control = FreePort(b.t)
 	g.preload()
 	return g
 }
