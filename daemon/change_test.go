@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
@@ -48,7 +47,7 @@ func await(t *testing.T, d *Daemon, what string, ok func(m paths.MapStatus) bool
 	require.Eventually(t, func() bool {
 		last = d.Snapshot()
 		return len(last.Maps) == 1 && ok(last.Maps[0])
-	}, 10*time.Second, 5*time.Millisecond, "%s: %+v", what, &last)
+	}, patience, 5*time.Millisecond, "%s: %+v", what, &last)
 	return last.Maps[0]
 }
 
@@ -75,6 +74,7 @@ func write(t *testing.T, d *Daemon, export string, off int64) {
 }
 
 func TestALUAGroupsServeByState(t *testing.T) {
+	t.Parallel()
 	srv, lu, ps := array(t, false, map[uint16]target.Access{1: {State: target.NonOptimized}, 2: {State: target.Optimized}})
 	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, Policy: paths.Config{Alias: "m", Policy: "group_by_prio"}})
 	m := await(t, d, "the optimized path serves", func(m paths.MapStatus) bool {
@@ -98,6 +98,7 @@ func TestALUAGroupsServeByState(t *testing.T) {
 }
 
 func TestStandbyPathTakesOverAfterAnExplicitTransition(t *testing.T) {
+	t.Parallel()
 	srv, lu, ps := array(t, true, map[uint16]target.Access{1: {State: target.Optimized}, 2: {State: target.Standby}})
 	d, l := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, FailoverTime: time.Second, Policy: paths.Config{Alias: "m", PollingInterval: time.Second, Checker: "readsector0"}})
 	m := await(t, d, "both known", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 && len(serves(m)) == 1 })
@@ -122,6 +123,7 @@ func TestStandbyPathTakesOverAfterAnExplicitTransition(t *testing.T) {
 // A map that begins with a path that is not optimized waits for ghost_delay before
 // it has the array move the unit; a better path that comes meanwhile saves the move.
 func TestGhostDelayWaitsForABetterPath(t *testing.T) {
+	t.Parallel()
 	start := func(delay time.Duration) (*Daemon, *logText, *target.LU, []*target.Portal) {
 		_, lu, ps := array(t, true, map[uint16]target.Access{1: {State: target.Optimized}, 2: {State: target.NonOptimized}})
 		ps[0].Stop()
@@ -196,6 +198,7 @@ func TestMapOfAUnitThatIsInStandbyAlone(t *testing.T) {
 }
 
 func TestTransitioningIsWaitedOut(t *testing.T) {
+	t.Parallel()
 	srv, lu, ps := array(t, false, map[uint16]target.Access{1: {State: target.Optimized}, 2: {State: target.NonOptimized}})
 	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, Policy: paths.Config{Alias: "m"}})
 	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 })
@@ -209,6 +212,7 @@ func TestTransitioningIsWaitedOut(t *testing.T) {
 }
 
 func TestSwitchSticksUntilTheGroupFails(t *testing.T) {
+	t.Parallel()
 	_, ps := disk(t, "s", 2)
 	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, FailoverTime: time.Second, Policy: paths.Config{Alias: "m"}})
 	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 })
@@ -225,6 +229,7 @@ func TestSwitchSticksUntilTheGroupFails(t *testing.T) {
 }
 
 func TestResizeGrowsWhenAllPathsAgreeAndShrinksOnlyByForce(t *testing.T) {
+	t.Parallel()
 	srv, lu, ps := array(t, false, map[uint16]target.Access{1: {}, 2: {}})
 	require.NoError(t, srv.Resize(lu, 4<<20))
 	d, l := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, FailoverTime: time.Second, Policy: paths.Config{Alias: "m", PollingInterval: 200 * time.Millisecond}})
@@ -251,6 +256,7 @@ func TestResizeGrowsWhenAllPathsAgreeAndShrinksOnlyByForce(t *testing.T) {
 }
 
 func TestReconfigureAppliesAndRefuses(t *testing.T) {
+	t.Parallel()
 	_, ps := disk(t, "r", 2)
 	var targets []initiator.URL
 	for _, p := range ps {
@@ -313,10 +319,7 @@ func TestEventsTellWhatHappenedAndWhy(t *testing.T) {
 
 func TestMetricsAreServed(t *testing.T) {
 	_, ps := disk(t, "p", 2)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	addr := ln.Addr().String()
-	ln.Close()
+	addr := unusedAddress(t)
 	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, Metrics: addr, Policy: paths.Config{Alias: "m"}})
 	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 })
 	write(t, d, "m", 0)

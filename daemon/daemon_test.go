@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 
 const iqn = "iqn.2026-11.example:d"
 
+// patience is for what must happen, however busy the machine is.
+const patience = time.Minute
+
 // logText is what the daemon said.
 type logText struct {
 	mu sync.Mutex
@@ -103,17 +106,20 @@ func says(t *testing.T, l *logText, parts ...string) {
 			}
 		}
 		return false
-	}, 10*time.Second, 10*time.Millisecond, "no line with %q", parts)
+	}, patience, 10*time.Millisecond, "no line with %q", parts)
 }
 
+// unusedAddress refuses connections: no test listens at this address for long,
+// so that nobody is given the port meanwhile.
 func unusedAddress(t *testing.T) string {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp", "127.0.0.2:0")
 	require.NoError(t, err)
 	defer ln.Close()
 	return ln.Addr().String()
 }
 
 func TestComesUpWithThePathsThatAnswerAndKeepsTryingTheOthers(t *testing.T) {
+	t.Parallel()
 	_, ps := disk(t, "a", 2)
 	ps[1].Stop()
 	d, l := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}})

@@ -67,10 +67,11 @@ func awaitMaps(t *testing.T, d *Daemon, want map[string]int) {
 			}
 		}
 		return true
-	}, 20*time.Second, 10*time.Millisecond, "want %v", want)
+	}, patience, 10*time.Millisecond, "want %v", want)
 }
 
 func TestUnitsThatAppearBecomeMaps(t *testing.T) {
+	t.Parallel()
 	srv, lus, urls := shelf(t, "a")
 	d, _ := begin(t, Options{URLs: urls, Policy: paths.Config{PollingInterval: 100 * time.Millisecond}}) // no interval: what the target tells is enough
 	awaitMaps(t, d, map[string]int{"a": 2})
@@ -80,6 +81,7 @@ func TestUnitsThatAppearBecomeMaps(t *testing.T) {
 }
 
 func TestUnitsAreLookedForFromTimeToTime(t *testing.T) {
+	t.Parallel()
 	srv, lus, urls := shelf(t, "a")
 	d, _ := begin(t, Options{URLs: urls, RescanInterval: 100 * time.Millisecond})
 	awaitMaps(t, d, map[string]int{"a": 2})
@@ -89,6 +91,7 @@ func TestUnitsAreLookedForFromTimeToTime(t *testing.T) {
 
 // A unit that goes away leaves its map waiting, and comes back as it was.
 func TestAUnitThatVanishesAndReturns(t *testing.T) {
+	t.Parallel()
 	srv, lus, urls := shelf(t, "a", "b")
 	d, log := begin(t, Options{URLs: urls, RescanInterval: 100 * time.Millisecond, Policy: paths.Config{PollingInterval: 100 * time.Millisecond, NoPathRetry: paths.Queue}})
 	awaitMaps(t, d, map[string]int{"a": 2, "b": 2})
@@ -102,6 +105,7 @@ func TestAUnitThatVanishesAndReturns(t *testing.T) {
 // Another disk behind a known LUN is never served as the old one, and becomes a
 // map of its own.
 func TestAnotherDiskBehindALUNIsAnotherMap(t *testing.T) {
+	t.Parallel()
 	srv, lus, urls := shelf(t, "a", "b")
 	d, _ := begin(t, Options{URLs: urls, RescanInterval: 100 * time.Millisecond, Policy: paths.Config{PollingInterval: 100 * time.Millisecond, NoPathRetry: paths.Queue}})
 	awaitMaps(t, d, map[string]int{"a": 2, "b": 2})
@@ -112,6 +116,7 @@ func TestAnotherDiskBehindALUNIsAnotherMap(t *testing.T) {
 }
 
 func TestAUnitThatHangsHoldsUpNoOther(t *testing.T) {
+	t.Parallel()
 	srv, _, urls := shelf(t, "a", "b", "c")
 	srv.OnCommand(func(c *target.Cmd) target.Action {
 		if c.LUN[1] == 1 {
@@ -131,6 +136,7 @@ func TestAUnitThatHangsHoldsUpNoOther(t *testing.T) {
 }
 
 func TestATargetThatIsDroppedStaysDropped(t *testing.T) {
+	t.Parallel()
 	_, _, urls := shelf(t, "a")
 	var targets []initiator.URL
 	for _, s := range append(urls, "iscsi://"+unusedAddress(t)+"/"+iqn) {
@@ -153,6 +159,7 @@ func TestATargetThatIsDroppedStaysDropped(t *testing.T) {
 }
 
 func TestPortalsThatAreDroppedTakeTheirTargetsAlong(t *testing.T) {
+	t.Parallel()
 	_, _, urls := shelf(t, "a")
 	_, _, others := shelf(t, "b")
 	address := func(s string) Discovery {

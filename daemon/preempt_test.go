@@ -41,6 +41,7 @@ func usable(n int) func(m paths.MapStatus) bool {
 func TestPreemptFencesWhereNoLoginCan(t *testing.T) {
 	for _, by := range []string{paths.ByReset, paths.ByPreempt} {
 		t.Run(by, func(t *testing.T) {
+			t.Parallel()
 			srv, lu, urls := twoTargets(t)
 			d, l := begin(t, Options{URLs: urls, FailoverTime: 300 * time.Millisecond, Policy: paths.Config{Alias: "m", FenceBy: by, PollingInterval: time.Second}})
 			t.Cleanup(func() {
@@ -106,6 +107,7 @@ func TestPreemptFencesWhereNoLoginCan(t *testing.T) {
 // A key that a crash left, and one of a path that is not there at the stop, do
 // not keep the disk from others.
 func TestKeysAreCleanedUp(t *testing.T) {
+	t.Parallel()
 	srv, lu, urls := twoTargets(t)
 	lu.Register("iqn.2026-11.example:i", reservationKey("iqn.2026-11.example:i", "10.0.0.9:3260/0"), 7)
 	d, _ := begin(t, Options{URLs: urls, FailoverTime: 300 * time.Millisecond, Policy: paths.Config{Alias: "m", FenceBy: paths.ByPreempt, PollingInterval: time.Second}})
@@ -137,6 +139,7 @@ func TestPreemptIsNotUsedWhereOthersUseReservations(t *testing.T) {
 // Somebody preempts this host's keys by hand: it registers again as long as
 // nobody else holds the disk, and refuses with the reservation's own error else.
 func TestPreemptedPathRegistersAgain(t *testing.T) {
+	t.Parallel()
 	for _, taken := range []bool{false, true} {
 		_, lu, urls := twoTargets(t)
 		d, _ := begin(t, Options{URLs: urls, Policy: paths.Config{Alias: "m", FenceBy: paths.ByPreempt}})

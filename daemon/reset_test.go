@@ -20,6 +20,7 @@ import (
 // as istgt's does: a fence there must not be the reason for the next one, not
 // even with two maps over the target whose writes never pause.
 func TestResetThatEndsSessionsDoesNotCallForTheNextOne(t *testing.T) {
+	t.Parallel()
 	const maps, writers = 2, 4
 	var lus []*target.LU
 	for i := range maps {
@@ -168,6 +169,7 @@ func TestResetThatNobodyHeardOfIsNoProof(t *testing.T) {
 // A fence's login ends a session of the same path that is just being made: that
 // is no sign of a reset that ends sessions.
 func TestFenceThatEndsItsOwnPathsLoginIsNoReset(t *testing.T) {
+	t.Parallel()
 	srv, ps := disk(t, "crossed", 2)
 	srv.OnTask(func(target.Task) target.TaskAction { time.Sleep(50 * time.Millisecond); return target.TaskAction{} })
 	d, l := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, FailoverTime: 300 * time.Millisecond, Policy: paths.Config{Alias: "m", PollingInterval: time.Second}})

@@ -39,6 +39,7 @@ func TestStateOutlivesTheRun(t *testing.T) {
 }
 
 func TestStateOfManyPathsTakesFewWrites(t *testing.T) {
+	t.Parallel()
 	name := filepath.Join(t.TempDir(), "unfenced.json")
 	r, err := openRiskFile(name)
 	require.NoError(t, err)

@@ -21,6 +21,7 @@ import (
 // there: nothing is known of what it may still write, so every write waits for
 // it, and reads do not.
 func TestWritesAfterACrashWaitForTheServerThatIsAway(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("crash"))
 	require.NoError(t, err)
 	_, a := serverOf(t, "iqn.2026-11.example:ca", lu)

@@ -22,6 +22,7 @@ import (
 // the self-test must find that out, and the overlapping write must wait for the
 // first server itself.
 func TestSameTargetNameOnTwoServersIsNoFence(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("twins"))
 	require.NoError(t, err)
 	var servers []*target.Server

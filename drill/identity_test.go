@@ -56,6 +56,7 @@ func serverOf(t *testing.T, name string, lu *target.LU) (*target.Server, *target
 func TestLUNThatBecomesAnotherDiskNeverGetsAByte(t *testing.T) {
 	for _, how := range []string{"inquiry data changed", "LUN map changed", "silently"} {
 		t.Run(how, func(t *testing.T) {
+			t.Parallel()
 			lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("right"))
 			require.NoError(t, err)
 			srv, p := serverOf(t, "iqn.2026-11.example:swap", lu)
@@ -63,27 +64,32 @@ func TestLUNThatBecomesAnotherDiskNeverGetsAByte(t *testing.T) {
 			c, err := client.Dial("unix", sock, "m")
 			require.NoError(t, err)
 			defer c.Close()
-			// All writes are late, so that many are queued when it happens.
+			// All writes are late, so that they are queued when it happens, and far from
+			// their end when it is found out. The target's window has room for one
+			// command more, which meets the attention.
+			const queued = 24
 			var swapped atomic.Bool
-			var after atomic.Int64
+			var before, after atomic.Int64
 			srv.OnCommand(func(cmd *target.Cmd) target.Action {
 				if !cmd.Write {
 					return target.Action{}
 				}
 				if swapped.Load() {
 					after.Add(1)
+					return target.Action{}
 				}
-				return target.Action{Delay: 200 * time.Millisecond}
+				before.Add(1)
+				return target.Action{Delay: 10 * time.Second}
 			})
 			var acked atomic.Int64
-			for i := range 32 {
+			for i := range queued {
 				go func() {
 					if _, err := c.WriteAt(bytes.Repeat([]byte{'x'}, 4096), int64(i)*8192); err == nil {
 						acked.Add(1)
 					}
 				}()
 			}
-			require.True(t, eventually(10*time.Second, func() bool { return d.Snapshot().Maps[0].Groups[0].Paths[0].InFlight > 16 }))
+			require.True(t, eventually(10*time.Second, func() bool { return before.Load() == queued }))
 			if how == "silently" {
 				p.Stop() // nothing of the old session is executed any more
 				p.Drop()
@@ -98,7 +104,7 @@ func TestLUNThatBecomesAnotherDiskNeverGetsAByte(t *testing.T) {
 			default:
 				require.NoError(t, p.Start())
 			}
-			if how != "silently" { // one more command meets the attention
+			if how != "silently" {
 				go c.ReadAt(make([]byte, 4096), 1<<20)
 				require.True(t, eventually(10*time.Second, func() bool { return usable(d) == 0 }))
 			}
@@ -117,6 +123,7 @@ func TestLUNThatBecomesAnotherDiskNeverGetsAByte(t *testing.T) {
 // as DRBD's do while it waits for its peer, but it answers pings: it is slow,
 // not dead, and nothing of it is aborted.
 func TestSlowSurvivorIsNotShot(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("survivor"))
 	require.NoError(t, err)
 	_, pa := serverOf(t, "iqn.2026-11.example:a", lu)

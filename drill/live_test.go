@@ -24,6 +24,7 @@ func (d inProcess) Maps() (*daemon.Maps, error) {
 // A drill takes each serving path out and in again, and no read of the map
 // fails; with one path left it does nothing.
 func TestDrillOnALiveMap(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("drill"))
 	require.NoError(t, err)
 	_, a := serverOf(t, "iqn.2026-11.example:a", lu)

@@ -15,6 +15,7 @@ import (
 // With no_path_retry N a map without a path queues for N polling intervals, then
 // fails what waits and what comes, and queues again once a path was back.
 func TestNoPathRetryAndRecovery(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("recovery"))
 	require.NoError(t, err)
 	_, p := serverOf(t, "iqn.2026-11.example:recovery", lu)

@@ -17,6 +17,7 @@ import (
 // paths have in flight (no answer, control mode page TAS 0): it is issued again,
 // long before a command that hangs would be looked at.
 func TestCommandsThatTheFenceSwallowedAreIssuedAgain(t *testing.T) {
+	t.Parallel()
 	lu, err := target.NewLU(16<<20, 512, target.DefaultIdentity("swallow"))
 	require.NoError(t, err)
 	srv, a := serverOf(t, "iqn.2026-11.example:swallow", lu)
