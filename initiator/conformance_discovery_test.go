@@ -32,7 +32,7 @@ func tells(text []byte) func(*raw, pdu.Header) {
 // is answered.
 func discovers(t *testing.T, script func(r *raw, h pdu.Header)) (initiator.Discovered, error) {
 	t.Helper()
-	return initiator.Discover(context.Background(), scripted(t, func(_ int, r *raw) {
+	c := scripted(t, func(_ int, r *raw) {
 		if !r.login("MaxRecvDataSegmentLength", "8192") {
 			return
 		}
@@ -42,7 +42,9 @@ func discovers(t *testing.T, script func(r *raw, h pdu.Header)) (initiator.Disco
 		}
 		script(r, h)
 		r.endsWithLogout()
-	}))
+	})
+	unhurried(&c)
+	return initiator.Discover(context.Background(), c)
 }
 
 func (r *raw) endsWithLogout() {
@@ -178,7 +180,7 @@ var discoveryCases = map[string]conformanceCase{
 		began := time.Now()
 		_, err := discovers(t, func(r *raw, h pdu.Header) { r.rejectPDU(pdu.RejectNotSupported, h) })
 		require.ErrorContains(t, err, "the target rejects the request, reason 0x05: command not supported")
-		require.Less(t, time.Since(began), 1900*time.Millisecond, "it waited for its time to end")
+		require.Less(t, time.Since(began), patience/2, "it waited for its time to end")
 	}},
 	"TX06": {"is asked SendTargets= in a normal session, also while it rejects that", "reads its portals, and the session goes on", func(t *testing.T) {
 		s := logsIn(t, func(r *raw) {

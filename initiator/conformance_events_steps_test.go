@@ -146,6 +146,9 @@ func watches(t *testing.T, with func(*initiator.Config), script func(r *raw)) *w
 	return w
 }
 
+// unhurried gives a busy machine time for many bytes.
+func unhurried(c *initiator.Config) { c.FailoverTime, c.LoginTimeout = patience, patience }
+
 // impatient makes commands hang after a second.
 func impatient(c *initiator.Config) { c.CommandTimeout = time.Second }
 

@@ -201,11 +201,12 @@ func slowReader(t *testing.T) {
 				<-stop
 			})
 			defer close(stop)
+			data := patterned(256 << 10)
 			began := time.Now()
 			var all []*waited
 			for range 4 * depth {
 				w := &waited{done: make(chan struct{})}
-				w.c = &initiator.Command{Dir: initiator.DataOut, Data: patterned(256 << 10), Owner: w}
+				w.c = &initiator.Command{Dir: initiator.DataOut, Data: data, Owner: w}
 				scsi.Write(&w.c.CDB, 0, 512, false, true)
 				var p block.Plug
 				if s.Submit(w.c, &p) {
@@ -272,15 +273,17 @@ func deliveries(t *testing.T) {
 		})
 	}
 	// Commands that never left, behind one that fills the socket.
+	both := make(chan struct{}) // are submitted
 	full := watches(t, narrow, func(r *raw) {
 		r.narrow()
 		r.login("InitialR2T", "No", "ImmediateData", "No", "MaxBurstLength", "1048576", "FirstBurstLength", "262144", "MaxRecvDataSegmentLength", "65536")
-		time.Sleep(300 * time.Millisecond)
+		<-both
 		r.Conn.(*net.TCPConn).SetLinger(0)
 	})
 	first := write(t, full.Session, 256<<10)
 	time.Sleep(50 * time.Millisecond)
 	second := write(t, full.Session, 4096)
+	close(both)
 	require.ErrorIs(t, first.result(t).Err, initiator.ErrSessionLost)
 	require.ErrorIs(t, second.result(t).Err, initiator.ErrSessionLost)
 	require.Equal(t, initiator.PartlySent, first.c.Result.Delivery)

@@ -156,7 +156,7 @@ func oneWrite(t *testing.T, initialR2T, immediate bool, first, burst, segment, d
 	yes := map[bool]string{true: "Yes", false: "No"}
 	data := patterned(size)
 	var got, want []sent
-	s := logsIn(t, func(r *raw) {
+	s := watches(t, unhurried, func(r *raw) {
 		r.login("InitialR2T", yes[initialR2T], "ImmediateData", yes[immediate], "FirstBurstLength", fmt.Sprint(first), "MaxBurstLength", fmt.Sprint(burst),
 			"MaxRecvDataSegmentLength", fmt.Sprint(declared), "MaxOutstandingR2T", "1")
 		cmd, imm, ok := r.command()
@@ -197,7 +197,7 @@ func oneWrite(t *testing.T, initialR2T, immediate bool, first, burst, segment, d
 			t.Errorf("write of %d: more came: %x", size, more)
 		}
 	})
-	w := write(t, s, size)
+	w := write(t, s.Session, size)
 	require.NoError(t, w.result(t).Err, "write of %d", size)
 	require.NoError(t, s.Close(t.Context()))
 	require.Equal(t, want, got, "write of %d", size)

@@ -16,6 +16,9 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
+// patience is for what must happen, however busy the machine is.
+const patience = 2 * time.Minute
+
 // raw is the target's end of a connection in the hands of a script.
 type raw struct {
 	net.Conn
@@ -183,7 +186,7 @@ func scriptedOn(t *testing.T, ln net.Listener, script func(n int, r *raw)) initi
 			if err != nil {
 				return
 			}
-			c.SetDeadline(time.Now().Add(10 * time.Second))
+			c.SetDeadline(time.Now().Add(patience))
 			r := &raw{Conn: c, statSN: 100, expCmdSN: 0, window: 32}
 			script(n, r)
 			c.Close()
@@ -238,7 +241,7 @@ func (w *waited) result(t *testing.T) *initiator.Result {
 	t.Helper()
 	select {
 	case <-w.done:
-	case <-time.After(8 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the command did not end")
 	}
 	return &w.c.Result
@@ -249,7 +252,7 @@ func dropped(t *testing.T, s *initiator.Session, why string) {
 	t.Helper()
 	select {
 	case <-s.Done():
-	case <-time.After(8 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the session lives on")
 	}
 	require.ErrorContains(t, s.Err(), why)
