@@ -62,6 +62,11 @@ const (
 	RuleShadowRead                  // reads of it come from memory until then
 	RuleCaches                      // a flush waits for the fence of a server whose cache it does not reach
 	RuleLoss                        // a flush fails after a server lost its power and acknowledged writes
+	RuleWhole                       // the whole device waits for what an earlier run left
+	RuleKept                        // a later mutation of what is kept in memory is kept too
+	RuleLocked                      // and waits while that is written again
+	RuleFlushAll                    // a flush goes to every path that took writes since its last one
+	RuleLeftDirty                   // the server of an old session that wrote to its cache is flushed
 )
 
 // extent is blocks [lo, hi) of an ambiguous write; req is the request that is
@@ -241,8 +246,8 @@ func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) (held bool, er
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	risk, own := l.conflicts(r, lo, hi, mode)
-	risk = risk || l.shadow.covers(lo, hi)
-	wait := l.shadow.isLocked(lo, hi)
+	risk = risk || l.shadow.covers(lo, hi) && l.omit&RuleKept == 0
+	wait := l.shadow.isLocked(lo, hi) && l.omit&RuleLocked == 0
 	for i := range l.held {
 		h := &l.held[i]
 		wait = wait || lo < h.hi && h.lo < hi // nobody overtakes: the first in is the first out
@@ -284,7 +289,7 @@ func (l *ledger) hopeless(lo, hi uint64) bool {
 // one that is at risk, and whether one is r's own. Caller holds mu.
 func (l *ledger) conflicts(r *block.Request, lo, hi uint64, mode string) (risk, own bool) {
 	for _, e := range l.epochs {
-		risk = risk || e.whole
+		risk = risk || e.whole && l.omit&RuleWhole == 0
 		for _, x := range e.extents {
 			if x.lo >= hi {
 				break // sorted
@@ -336,7 +341,7 @@ func (l *ledger) forget(r *block.Request) {
 // held go on; more is for the log.
 func (g *Group) closeEpoch(e *epoch, how, by string, more ...any) bool {
 	l := &g.ledger
-	if (e.caches || e.whole && g.lu().WriteCache) && !e.flushed.Load() { // before: a flush must not pass between
+	if (e.caches || e.whole && g.lu().WriteCache) && !e.flushed.Load() && l.omit&RuleLeftDirty == 0 { // before: a flush must not pass between
 		g.leftDirty(e)
 	}
 	l.mu.Lock()

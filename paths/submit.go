@@ -96,7 +96,7 @@ func (g *Group) startFlush(r *block.Request, t *table, p *block.Plug) bool {
 	}
 	absent := g.ledger.unflushable()
 	for _, pt := range *g.everyPath.Load() {
-		if r.Route.State&(1<<pt.index) != 0 || !pt.unflushed() {
+		if r.Route.State&(1<<pt.index) != 0 || !pt.unflushed() || g.ledger.omit&RuleFlushAll != 0 {
 			continue
 		}
 		switch {

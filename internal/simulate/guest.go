@@ -25,6 +25,7 @@ type guest struct {
 	away bool // stop connecting
 	gen  int
 	busy int
+	open map[*request]bool // those not answered
 	tick int64
 	next uint16 // the last value written
 	err  error
@@ -44,7 +45,7 @@ type request struct {
 }
 
 func newGuest(w *world) *guest {
-	g := &guest{w: w, h: newHistory(w.set.Blocks)}
+	g := &guest{w: w, h: newHistory(w.set.Blocks), open: map[*request]bool{}}
 	g.cond.L = &g.mu
 	g.h.shadow = w.set.Protection == paths.Shadow
 	return g
@@ -96,6 +97,7 @@ func (g *guest) submit(r *request) {
 		g.next++
 		r.value = g.next
 	}
+	g.open[r] = true
 	g.mu.Unlock()
 	g.wg.Go(func() { g.do(r) })
 }
@@ -189,6 +191,7 @@ func (g *guest) done(r *request, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.busy--
+	delete(g.open, r)
 	g.tick++
 	if err != nil && r.op == block.Flush && g.h.told > 0 {
 		g.h.failed++
@@ -204,6 +207,28 @@ func (g *guest) done(r *request, err error) {
 	}
 	g.h.add(r, g.tick)
 	g.w.nudge()
+}
+
+// other is a write of another host, which keeps to what a cluster's locks demand:
+// it writes no block of which the guest has a request that is not answered. It
+// goes past the caches.
+func (g *guest) other(at int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for r := range g.open {
+		if r.op != block.Read && r.op != block.Flush && r.at <= at && at < r.at+r.n {
+			return
+		}
+	}
+	for _, s := range g.w.srv {
+		if s.running && !s.hung {
+			g.next++
+			g.tick += 2
+			g.w.disk.write(s, at, fill(1, g.next), true)
+			g.h.add(&request{op: block.Write, at: at, n: 1, fua: true, value: g.next, call: g.tick - 1, id: int(g.tick)}, g.tick)
+			return
+		}
+	}
 }
 
 // power books a power cut.

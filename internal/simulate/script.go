@@ -37,6 +37,7 @@ type setup struct {
 	TellsPower    bool // after a power cut each nexus meets unit attention 29/01
 	SilentAborts  bool // TAS=0: what another session's reset aborted is never answered
 	CommitsBursts bool // each burst of a write is executed when it is there
+	OtherHost     bool `json:",omitempty"` // another host writes blocks of which no write is unanswered
 	Busy          int  // one of so many commands is answered BUSY; 0: none
 	Jitter        time.Duration
 	Loss          int    // one of so many packets is sent again
@@ -55,6 +56,7 @@ type Options struct {
 	Protection string
 	LeaveOut   paths.Rule
 	Servers    int // 2: two of them
+	OtherHost  bool
 }
 
 // step is one line of a script. A, B and C are taken modulo what there is, so
@@ -173,6 +175,26 @@ func (s *setup) policies(seed uint64) {
 	if s.PathErrors = !s.Sampling && r.IntN(2) == 0; s.PathErrors {
 		s.Marginal = r.IntN(2) == 0
 	}
+	s.OtherHost = s.Protection == paths.Strict && r.IntN(2) == 0
+}
+
+// others lets another host write where a late write may still be on its way,
+// before it is delivered. Steps of the guest stay what they are.
+func others(seed uint64, steps []step) (out []step) {
+	r := rand.New(rand.NewPCG(seed, 2))
+	at := 0
+	for _, st := range steps {
+		switch st.Do {
+		case "write", "zeroes", "trim":
+			at = st.A
+		case "heal", "stall", "fast", "hang", "start":
+			if r.IntN(2) == 0 {
+				out = append(out, step{Do: "other", A: at, Wait: time.Duration(r.IntN(30)) * time.Millisecond})
+			}
+		}
+		out = append(out, st)
+	}
+	return out
 }
 
 // Draw makes a script from a seed.
@@ -197,7 +219,7 @@ func Draw(seed uint64, o Options) Script {
 			*x.to = *x.from
 		}
 	}
-	s.LeaveOut = o.LeaveOut
+	s.LeaveOut, s.OtherHost = o.LeaveOut, o.OtherHost
 	if o == (Options{}) {
 		s.policies(seed)
 	}
@@ -226,6 +248,9 @@ func Draw(seed uint64, o Options) Script {
 			st.Wait = time.Duration(r.Int64N(int64(4 * s.Jitter)))
 		}
 		steps = append(steps, st)
+	}
+	if s.OtherHost {
+		steps = others(seed, steps)
 	}
 	if s.Protection == paths.Shadow { // what it keeps in memory dies with the process
 		steps = slices.DeleteFunc(steps, func(st step) bool { return strings.HasPrefix(st.Do, "crash") })
@@ -304,6 +329,8 @@ func (w *world) play(st step) {
 		} else {
 			w.proc.fuse.Store(int64(1 + st.B%16))
 		}
+	case "other":
+		w.guest.other(st.A % n)
 	case "reconnect":
 		w.guest.drop()
 	case "fail", "reinstate":

@@ -108,6 +108,11 @@ func TestSimulationFindsWhatIsLeftOut(t *testing.T) {
 		{"rewrite", 0, Options{Protection: paths.Shadow, LeaveOut: paths.RuleRewrite, Servers: 2}},
 		{"shadow read", 10, Options{Protection: paths.Shadow, LeaveOut: paths.RuleShadowRead, Servers: 2}},
 		{"loss", 0, Options{LeaveOut: paths.RuleLoss}},
+		{"whole", 150, Options{Protection: paths.Hold, LeaveOut: paths.RuleWhole, Servers: 2}},
+		{"kept", 220, Options{Protection: paths.Shadow, LeaveOut: paths.RuleKept, Servers: 2}},
+		{"locked", 310, Options{Protection: paths.Shadow, LeaveOut: paths.RuleLocked, Servers: 2}},
+		{"flush all", 60, Options{LeaveOut: paths.RuleFlushAll, Servers: 2}},
+		{"strict", 290, Options{Protection: paths.Hold, OtherHost: true}},
 		{"a reset that waits for nothing", 10, Options{Target: "hasty", Protection: paths.Hold, Servers: 2}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -117,6 +122,9 @@ func TestSimulationFindsWhatIsLeftOut(t *testing.T) {
 					t.Logf("seed %d: %v", seed, err)
 					if s.Setup.LeaveOut = 0; s.Setup.Protection == paths.Off {
 						s.Setup.Protection = paths.Hold
+					}
+					if s.Setup.OtherHost {
+						s.Setup.Protection = paths.Strict
 					}
 					if s.Setup.Target == "hasty" {
 						s.Setup.Target = "tgt"
