@@ -66,7 +66,6 @@ const (
 	RuleKept                        // a later mutation of what is kept in memory is kept too
 	RuleLocked                      // and waits while that is written again
 	RuleFlushAll                    // a flush goes to every path that took writes since its last one
-	RuleLeftDirty                   // the server of an old session that wrote to its cache is flushed
 )
 
 // extent is blocks [lo, hi) of an ambiguous write; req is the request that is
@@ -341,7 +340,7 @@ func (l *ledger) forget(r *block.Request) {
 // held go on; more is for the log.
 func (g *Group) closeEpoch(e *epoch, how, by string, more ...any) bool {
 	l := &g.ledger
-	if (e.caches || e.whole && g.lu().WriteCache) && !e.flushed.Load() && l.omit&RuleLeftDirty == 0 { // before: a flush must not pass between
+	if (e.caches || e.whole && g.lu().WriteCache) && !e.flushed.Load() { // before: a flush must not pass between
 		g.leftDirty(e)
 	}
 	l.mu.Lock()

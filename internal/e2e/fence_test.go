@@ -1,9 +1,12 @@
 package e2e
 
 import (
+	"bufio"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"syscall"
 	"testing"
@@ -70,12 +73,42 @@ func (h *haunted) stopped(signal func(os.Signal) error, protection string, off i
 		require.Eventually(t, func() bool { return read() == 'a' }, 20*time.Second, 10*time.Millisecond, "the control must revert, or the test proves nothing")
 	} else {
 		h.await("the overwrite waits", func(m paths.MapStatus) bool { return m.Safety.Held == 1 })
+		h.says("show", "maps")(`the old session of path \S+ may still execute 1 writes \(8 blocks\), for \S+; 1 requests wait for its fence`)
+		h.says("show", "status")(`ghost_protection hold, .*1 wait now`)
 		signal(syscall.SIGCONT)
 		require.NoError(t, <-over)
 	}
 	h.settled()
 	if protection != "off" {
 		require.Equal(t, byte('b'), read(), "an acknowledged write was reverted")
+		h.says("show", "status")(`[1-9]\d* writes were ambiguous, [1-9]\d* requests waited for [1-9]\S+ \(longest [1-9]\S+\), 0 wait now; fences: [1-9]\d* proven, by [1-9]\d* reset`)
+		h.says("events", "--past")(`a-session-died-with-writes-under-way map=m path=\S+ blocks_at_risk=8 whole_device=false writes_at_risk=1`,
+			`old-session-fenced map=m path=\S+ blocks_at_risk=8 by=reset how=proven longest_hold=\d\S+ requests_released=1 reset=\S+ through=\S+ took=\d\S+ writes_at_risk=1`)
+		require.Regexp(t, `msg="old session fenced" map=m path=\S+ how=proven by=reset took=\S+ writes_at_risk=1 blocks_at_risk=8 requests_released=1 longest_hold=`, h.log.String())
+	}
+}
+
+// says runs a command of mpathd's until its output has a line for each of the
+// patterns, and ends it.
+func (h *haunted) says(args ...string) func(patterns ...string) {
+	return func(patterns ...string) {
+		h.t.Helper()
+		out, w, err := os.Pipe()
+		require.NoError(h.t, err)
+		defer out.Close()
+		cmd := exec.Command(binary, append(args, "--control", h.control)...)
+		cmd.Stdout = w
+		require.NoError(h.t, cmd.Start())
+		w.Close()
+		defer cmd.Wait()
+		defer cmd.Process.Kill()
+		out.SetReadDeadline(time.Now().Add(20 * time.Second))
+		var said string
+		for lines := bufio.NewScanner(out); len(patterns) > 0 && lines.Scan(); {
+			said += lines.Text() + "\n"
+			patterns = slices.DeleteFunc(patterns, func(p string) bool { return regexp.MustCompile(p).MatchString(lines.Text()) })
+		}
+		require.Empty(h.t, patterns, "mpathd %v says:\n%s", args, said)
 	}
 }
 
