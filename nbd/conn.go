@@ -170,6 +170,17 @@ func (cn *conn) fill(into []byte) (int, error) {
 	return 0, err
 }
 
+// upTo is where to read: as much as there is room for, but no further than to
+// the end of the request under way when the connection is about to be handed
+// over. A client that never pauses would leave it in the middle of another
+// request each time.
+func (cn *conn) upTo(lacks int, room []byte) []byte {
+	if cn.leaving.Load() {
+		return room[:min(lacks, len(room))]
+	}
+	return room
+}
+
 // next takes one request from the stream and submits it.
 func (cn *conn) next() error {
 	size := proto.RequestLen
@@ -187,7 +198,7 @@ func (cn *conn) next() error {
 			cn.r = 0
 		}
 		for cn.w-cn.r < size {
-			n, err := cn.fill(cn.buf[cn.w:])
+			n, err := cn.fill(cn.upTo(size-(cn.w-cn.r), cn.buf[cn.w:]))
 			if err != nil {
 				return err
 			}
@@ -376,7 +387,7 @@ func (cn *conn) payload(dst []byte) error {
 		if rest := len(dst) - n; rest < 8<<10 { // read the next headers along
 			cn.r, cn.w = 0, 0
 			for cn.w < rest {
-				k, err := cn.fill(cn.buf[cn.w:])
+				k, err := cn.fill(cn.upTo(rest-cn.w, cn.buf[cn.w:]))
 				if err != nil {
 					return err
 				}
@@ -403,7 +414,7 @@ func (cn *conn) discard(n int) error {
 			return nil
 		}
 		cn.r, cn.w = 0, 0
-		k, err := cn.fill(cn.buf)
+		k, err := cn.fill(cn.upTo(n, cn.buf))
 		if err != nil {
 			return err
 		}

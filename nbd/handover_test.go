@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -31,7 +32,7 @@ func TestAConnectionMovesToAnotherServerInFullFlight(t *testing.T) {
 	go s.ServeTransmission(mine, "disk")
 	c := fileConn(t, kernel)
 	c.SetDeadline(time.Now().Add(60 * time.Second))
-	const moves = 12
+	const moves = 50
 	var enough atomic.Bool
 	var sent atomic.Int64 // how many requests there are in the end
 	go func() {
@@ -105,6 +106,40 @@ func TestAConnectionMovesToAnotherServerInFullFlight(t *testing.T) {
 	t.Logf("%d requests, %d servers", len(seen), moves+1)
 	c.Close()
 	require.NoError(t, s.Shutdown(context.Background()))
+}
+
+// A client that never pauses keeps the socket full, and what is read at once does
+// not end where a request ends.
+func TestAConnectionIsHandedOverThoughItsClientNeverPauses(t *testing.T) {
+	s, d, _ := newServer(t, Config{})
+	kernel, mine, err := sys.SocketPair()
+	require.NoError(t, err)
+	go s.ServeTransmission(mine, "disk")
+	c := fileConn(t, kernel)
+	var batch []byte
+	for i := range uint64(10000) {
+		batch = append(batch, make([]byte, proto.RequestLen)...)
+		proto.PutRequest(batch[len(batch)-proto.RequestLen:], proto.Request{Type: proto.CmdRead, Cookie: i, Length: 512})
+	}
+	require.NotZero(t, headerBuffer%proto.RequestLen)
+	var client sync.WaitGroup
+	client.Go(func() {
+		for {
+			if _, err := c.Write(batch); err != nil {
+				return
+			}
+		}
+	})
+	client.Go(func() { io.Copy(io.Discard, c) })
+	require.Eventually(t, func() bool { return len(d.requests()) > len(batch)/proto.RequestLen }, 30*time.Second, 10*time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	hs, err := s.HandOver(ctx)
+	require.NoError(t, err)
+	require.Len(t, hs, 1)
+	hs[0].File.Close()
+	c.Close()
+	client.Wait()
 }
 
 func TestAConnectionWhoseRequestsDoNotEndIsClosedInsteadOfHandedOver(t *testing.T) {
