@@ -15,7 +15,13 @@ type clients struct {
 	mu    sync.Mutex
 	conns []*conn
 	arena *block.Arena
+	// A piece for each connection, so that clients that hold everything else and do
+	// nothing slow the others down, but stop none.
+	reserve *block.Arena
 }
+
+// reserved is how much of the reserve a connection may have, in bytes.
+const reserved = 64 << 10
 
 // A client that holds buffers which others wait for must move stuckBytes, of
 // replies that it reads or writes that it sends, in each stuckTime.
@@ -34,8 +40,9 @@ func (k *clients) enter(cn *conn, c *Config) bool {
 	if k.arena == nil {
 		k.arena = block.NewArena(c.MaxBytes)
 		k.arena.Starved = k.evict
+		k.reserve = block.NewArena(c.MaxConnections * reserved)
 	}
-	cn.arena, cn.share = k.arena, c.MaxBytes/2
+	cn.arena, cn.share, cn.reserve = k.arena, c.MaxBytes/2, k.reserve
 	k.conns = append(k.conns, cn)
 	return true
 }
@@ -51,7 +58,8 @@ func (k *clients) leave(cn *conn) {
 	}
 	if len(k.conns) == 0 {
 		k.arena.Close()
-		k.arena = nil
+		k.reserve.Close()
+		k.arena, k.reserve = nil, nil
 	}
 }
 

@@ -50,6 +50,9 @@ type conn struct {
 	arena *block.Arena
 	share int
 	held  atomic.Int64
+	// Where nothing is left, one small buffer comes from reserve: lent, by its address.
+	reserve *block.Arena
+	lent    atomic.Pointer[byte]
 	// How many bytes moved to and from the kernel, and how many goroutines wait for
 	// the client to read or to send the rest of a write. seen and seenAt are those
 	// of clients.evict.
@@ -285,7 +288,6 @@ func (cn *conn) next() error {
 		sl.req.Off, sl.req.Len = start, end-start
 	}
 	if rq.Type == proto.CmdRead || rq.Type == proto.CmdWrite {
-		sl.req.Arena = cn.arena
 		if sl.req.Data = cn.buffer(int(rq.Length)); sl.req.Data == nil {
 			sl.data = false
 			if rq.Type == proto.CmdWrite {
@@ -296,6 +298,9 @@ func (cn *conn) next() error {
 			}
 			cn.answer(uint16(idx), proto.ESHUTDOWN, &cn.plug)
 			return nil
+		}
+		if cn.lent.Load() != &sl.req.Data[0] {
+			sl.req.Arena = cn.arena
 		}
 		if rq.Type == proto.CmdWrite {
 			if err := cn.payload(sl.req.Data); err != nil {
@@ -349,6 +354,9 @@ func (cn *conn) buffer(n int) []byte {
 	}
 	if b == nil {
 		cn.plug.Flush() // what is in there holds buffers
+		if cn.reserve != nil && n <= reserved {
+			return cn.small(n, over)
+		}
 		cn.mu.Lock()
 		cn.starved = true
 		for over() && !cn.dead && !cn.orphan {
@@ -368,8 +376,38 @@ func (cn *conn) buffer(n int) []byte {
 	return b
 }
 
+// small is buffer for few bytes when nothing is left: the connection waits for
+// its own piece of the reserve at most, not for other clients.
+func (cn *conn) small(n int, over func() bool) (b []byte) {
+	cn.mu.Lock()
+	defer cn.mu.Unlock()
+	cn.starved = true
+	defer func() { cn.starved = false }()
+	for !cn.orphan {
+		if !over() {
+			if b = cn.arena.TryGet(n); b != nil {
+				cn.held.Add(int64(cap(b)))
+				return b
+			}
+		}
+		if cn.lent.Load() == nil {
+			if b = cn.reserve.TryGet(n); b != nil {
+				cn.lent.Store(&b[0])
+			}
+			return b // none: the server stops
+		}
+		cn.room.Wait()
+	}
+	return nil
+}
+
 // release gives a buffer back. The caller wakes who waits for room.
 func (cn *conn) release(b []byte) {
+	if cn.lent.Load() == &b[0] {
+		cn.reserve.Put(b)
+		cn.lent.Store(nil)
+		return
+	}
 	cn.held.Add(-int64(cap(b)))
 	cn.arena.Put(b)
 }

@@ -70,7 +70,13 @@ func (s *Server) handshake(c net.Conn, mode TLSMode) (_ *export, a agreed, err e
 		}
 		// Options from a client that did not announce fixed newstyle are answered
 		// all the same: go-nbd announces nothing and uses GO.
-		if opt == proto.OptStartTLS && mode != TLSOff && a.tls == nil && n == 0 {
+		if opt == proto.OptStartTLS && mode != TLSOff && (a.tls != nil || n != 0) {
+			if err := reply(c, opt, proto.RepErrInvalid, nil); err != nil {
+				return nil, a, err
+			}
+			continue
+		}
+		if opt == proto.OptStartTLS && mode != TLSOff {
 			if err := reply(c, opt, proto.RepAck, nil); err != nil {
 				return nil, a, err
 			}

@@ -100,6 +100,44 @@ func TestAClientThatHoldsItsShareCostsNobodyElse(t *testing.T) {
 	dial("other").reads(proto.MaxPayload, 10*time.Second)
 }
 
+// However many clients hold all buffers and wait for more, and however long: small
+// requests are served, many at a time.
+func TestClientsThatHoldAllBuffersStopNoSmallRequest(t *testing.T) {
+	s, dial := twoExports(t, Config{MaxBytes: 4 << 20, stuck: time.Hour})
+	for range 20 {
+		dial("disk").ask(proto.CmdWrite, 0, 1, 0, 4<<20, []byte("x"))
+	}
+	clients := &s.exports["disk"].clients
+	require.Eventually(t, func() bool {
+		clients.mu.Lock()
+		defer clients.mu.Unlock()
+		return clients.arena != nil && clients.arena.Out() == s.cfg.MaxBytes
+	}, 20*time.Second, time.Millisecond)
+	p := dial("disk")
+	data := bytes.Repeat([]byte{7}, 64<<10)
+	const count = 100
+	go func() { // all at once
+		var b []byte
+		for i := range uint64(count) {
+			rq := make([]byte, proto.RequestLen)
+			proto.PutRequest(rq, proto.Request{Type: proto.CmdWrite, Cookie: i, Offset: 16<<20 + i<<16, Length: 64 << 10})
+			b = append(append(b, rq...), data...)
+		}
+		p.Write(b)
+	}()
+	for range count {
+		e, _ := p.answer()
+		require.Equal(t, proto.OK, e)
+	}
+	p.unread(count, 4096)
+	for range count {
+		e, _ := p.answer()
+		require.Equal(t, proto.OK, e)
+		p.get(4096)
+	}
+	require.Eventually(t, func() bool { return clients.reserve.Out() == 0 }, 20*time.Second, time.Millisecond)
+}
+
 func TestClientsThatHoldAllBuffersAndDoNothingAreCut(t *testing.T) {
 	s, dial := twoExports(t, Config{MaxBytes: 8 << 20, stuck: 3 * time.Second})
 	var stuck []*peer

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"io"
 	"math/big"
 	"net"
 	"net/netip"
@@ -222,12 +223,18 @@ func TestTLSIsAskedForAndThenCarriesEverything(t *testing.T) {
 		_, typ, _ := p.reply()
 		require.Equal(t, proto.RepErrTLSReqd, typ)
 	}
-	p.Write(option(proto.OptStartTLS, nil))
+	p.Write(option(proto.OptStartTLS, []byte{0}))
 	_, typ, _ := p.reply()
+	require.Equal(t, proto.RepErrInvalid, typ, "STARTTLS with data")
+	p.Write(option(proto.OptStartTLS, nil))
+	_, typ, _ = p.reply()
 	require.Equal(t, proto.RepAck, typ)
 	tc := tls.Client(p.Conn, &tls.Config{RootCAs: pool, ServerName: "nbd.example"})
 	require.NoError(t, tc.Handshake())
 	p.Conn = tc
+	p.Write(option(proto.OptStartTLS, nil))
+	_, typ, _ = p.reply()
+	require.Equal(t, proto.RepErrInvalid, typ, "STARTTLS within TLS")
 	p.Write(option(proto.OptGo, name("disk")))
 	for typ = 0; typ != proto.RepAck; {
 		_, typ, _ = p.reply()
@@ -250,6 +257,15 @@ func TestTLSIsAskedForAndThenCarriesEverything(t *testing.T) {
 	q.hello(3)
 	q.Write(option(proto.OptExportName, []byte("disk")))
 	q.closed()
+
+	// What comes in the clear behind STARTTLS is no part of the session.
+	q = dial()
+	q.hello(3)
+	q.Write(append(option(proto.OptStartTLS, nil), option(proto.OptGo, name("disk"))...))
+	_, typ, _ = q.reply()
+	require.Equal(t, proto.RepAck, typ)
+	rest, _ := io.ReadAll(q.Conn)
+	require.Less(t, len(rest), 20, "an alert of TLS at most: % x", rest)
 }
 
 func TestOnlyAllowedAddressesAreServed(t *testing.T) {
