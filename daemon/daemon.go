@@ -39,6 +39,7 @@ type Options struct {
 	RedirectTo               []netip.Prefix // to where targets may redirect; empty: anywhere
 	Lenient                  bool           // see initiator.Config
 	QueueDepth               int
+	Without                  nbd.Without  // hidden from NBD clients
 	Policy                   paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
 	Attach                   Attacher     // nil: no kernel device
 	// RescanInterval is how often targets without a LUN are asked for their
@@ -196,7 +197,7 @@ func Start(o Options) (*Daemon, error) {
 		}
 	}
 	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, targets: paths.NewTargets(), pending: map[string]string{}, pathURLs: map[string]string{}, following: map[string]*follower{}, foundAt: map[string]map[string]bool{}, leaving: make(chan struct{}), names: newNames(),
-		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, Resident: o.Resident})}
+		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, Resident: o.Resident, Without: o.Without})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if o.Metrics != "" {
 		if err := d.serveMetrics(o.Metrics); err != nil {

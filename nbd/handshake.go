@@ -37,7 +37,11 @@ func (s *Server) handshake(c net.Conn, mode TLSMode) (_ *export, a agreed, err e
 	var b [18]byte
 	be.PutUint64(b[0:], proto.Magic)
 	be.PutUint64(b[8:], proto.OptionMagic)
-	be.PutUint16(b[16:], proto.FlagFixedNewstyle|proto.FlagNoZeroes)
+	offered := proto.FlagFixedNewstyle | proto.FlagNoZeroes
+	if s.cfg.Without.NoZeroes {
+		offered = proto.FlagFixedNewstyle
+	}
+	be.PutUint16(b[16:], offered)
 	if _, err := c.Write(b[:]); err != nil {
 		return nil, a, err
 	}
@@ -45,7 +49,7 @@ func (s *Server) handshake(c net.Conn, mode TLSMode) (_ *export, a agreed, err e
 		return nil, a, err
 	}
 	flags := be.Uint32(b[:])
-	if flags&^uint32(proto.FlagFixedNewstyle|proto.FlagNoZeroes) != 0 {
+	if flags&^uint32(offered) != 0 {
 		return nil, a, fmt.Errorf("unknown client flags %#x", flags)
 	}
 	for range maxOptions {
@@ -141,6 +145,9 @@ func reply(c net.Conn, opt, typ uint32, data []byte) error {
 }
 
 func (s *Server) option(c net.Conn, opt uint32, data []byte, flags uint32, a *agreed) (x *export, done bool, err error) {
+	if s.cfg.Without.hides(opt) {
+		return nil, false, reply(c, opt, proto.RepErrUnsup, nil)
+	}
 	switch opt {
 	case proto.OptExportName:
 		if a.extended {

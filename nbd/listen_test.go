@@ -56,3 +56,18 @@ func TestTLSIsAMatterOfTheListener(t *testing.T) {
 	require.Equal(t, proto.RepAck, asks(Access{TLS: TLSOptional}, proto.OptStartTLS, nil))
 	require.Equal(t, proto.RepErrUnsup, asks(Access{}, proto.OptStartTLS, nil))
 }
+
+func TestWhatIsHiddenIsUnknown(t *testing.T) {
+	w, err := ParseWithout([]string{"structured", "go"})
+	require.NoError(t, err)
+	_, _, dial := newServer(t, Config{Without: w})
+	p := dial()
+	p.hello(3)
+	for _, opt := range []uint32{proto.OptGo, proto.OptInfo, proto.OptStructuredReply, proto.OptExtendedHeaders, proto.OptListMetaContext, proto.OptSetMetaContext} {
+		p.Write(option(opt, name("disk")))
+		_, typ, _ := p.reply()
+		require.Equal(t, proto.RepErrUnsup, typ, opt)
+	}
+	_, err = ParseWithout([]string{"tls"})
+	require.ErrorContains(t, err, "want structured")
+}

@@ -34,8 +34,57 @@ type Config struct {
 	MaxBytes    int
 	KernelBytes int
 	Resident    bool
+	// Without hides parts of the protocol from clients, so that they show what they
+	// do without them: see ParseWithout.
+	Without Without
 
 	stuck time.Duration // stuckTime, but in tests
+}
+
+// Without are parts of the protocol that a server denies to know.
+type Without struct {
+	Structured bool // structured replies, and with them meta contexts and extended headers
+	Extended   bool // extended headers
+	Meta       bool // meta contexts
+	NoZeroes   bool // EXPORT_NAME without 124 zeroes
+	Go         bool // INFO and GO, so that EXPORT_NAME is what remains
+}
+
+// ParseWithout reads a list of what to hide: structured, extended, meta,
+// no-zeroes, go.
+func ParseWithout(words []string) (w Without, err error) {
+	for _, word := range words {
+		switch word {
+		case "structured":
+			w.Structured = true
+		case "extended":
+			w.Extended = true
+		case "meta":
+			w.Meta = true
+		case "no-zeroes":
+			w.NoZeroes = true
+		case "go":
+			w.Go = true
+		default:
+			return w, fmt.Errorf("%q: want structured, extended, meta, no-zeroes or go", word)
+		}
+	}
+	return w, nil
+}
+
+// hides tells whether an option is answered as if it were unknown.
+func (w Without) hides(opt uint32) bool {
+	switch opt {
+	case proto.OptStructuredReply:
+		return w.Structured
+	case proto.OptExtendedHeaders:
+		return w.Structured || w.Extended
+	case proto.OptListMetaContext, proto.OptSetMetaContext:
+		return w.Structured || w.Meta
+	case proto.OptInfo, proto.OptGo:
+		return w.Go
+	}
+	return false
 }
 
 // Export is a device under a name. Aliases name it too but are not listed.

@@ -20,6 +20,7 @@ import (
 	"github.com/mpathd/mpathd/compat"
 	"github.com/mpathd/mpathd/config"
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/nbd"
 	"github.com/mpathd/mpathd/paths"
 )
 
@@ -36,6 +37,7 @@ func runCommand() *cobra.Command {
 	var takeOver bool
 	var attachTo, failback, retry, fence, file string
 	var connections int
+	var without []string
 	var shadow int64
 	var effective atomic.Pointer[config.Config]
 	c := &cobra.Command{Use: "run [flags] [PATH-URL ...]", Short: "log in, make maps, export them", Args: args(cobra.ArbitraryArgs),
@@ -118,6 +120,9 @@ func runCommand() *cobra.Command {
 					}
 					return daemon.Reloaded{Targets: again.Targets, Discover: again.Discover, Resolve: again.Resolve, Refuse: again.Refuse}, nil
 				}
+			}
+			if o.Without, err = nbd.ParseWithout(without); err != nil {
+				return usageError{fmt.Errorf("--nbd-without: %w", err)}
 			}
 			if err := nbdTLS.apply(&o); err != nil {
 				return err
@@ -207,6 +212,7 @@ func runCommand() *cobra.Command {
 	f.StringVar(&nbdTLS.CA, "nbd-tls-ca", "", "NBD clients must show a certificate of this CA, PEM")
 	f.BoolVar(&nbdTLS.Optional, "nbd-tls-optional", false, "let TCP clients go on without TLS")
 	f.StringSliceVar(&nbdTLS.Allow, "nbd-allow", nil, "networks from which NBD clients may come over TCP, like 10.0.0.0/8")
+	f.StringSliceVar(&without, "nbd-without", nil, "for tests of clients: hide parts of the protocol (structured, extended, meta, no-zeroes, go)")
 	f.StringVar(&o.Control, "control", defaultControl, "control socket")
 	f.BoolVar(&takeOver, "takeover", false, "take the kernel devices over from the daemon that runs behind the control socket, and go on at once (an upgrade)")
 	f.StringVar(&attachTo, "attach", "auto", "kernel device: auto, none or /dev/nbdX")

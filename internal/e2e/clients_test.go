@@ -127,3 +127,27 @@ func TestClientsOfOthers(t *testing.T) {
 		}
 	})
 }
+
+// TestClientsFallBack denies parts of the protocol to clients that would use them.
+func TestClientsFallBack(t *testing.T) {
+	realtarget.Need(t, "nbdcopy", "nbdinfo", "qemu-io", "qemu-img")
+	for _, without := range []string{"structured", "extended,meta", "go,no-zeroes"} {
+		t.Run(strings.ReplaceAll(without, ",", " "), func(t *testing.T) { // tgtd reads commas
+			s := newStackWith(t, "", "--nbd-without", without)
+			src, dst := filepath.Join(t.TempDir(), "src"), filepath.Join(t.TempDir(), "dst")
+			if err := os.WriteFile(src, []byte(strings.Repeat("0123456789abcdef", 16<<20/16)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			info := run(t, "nbdinfo", s.uri)
+			if strings.Contains(info, "simple packets") != (without == "structured") || strings.Contains(info, "base:allocation") {
+				t.Error(info)
+			}
+			run(t, "nbdcopy", "--connections=2", src, s.uri)
+			if out := run(t, "qemu-io", "-f", "raw", "-c", "read -v 0 16", "-c", "write -P 6 32m 64k", "-c", "read -P 6 32m 64k", "-c", "write -z 32m 64k", "-c", "read -P 0 32m 64k", "-c", "flush", s.uri); strings.Contains(out, "failed") {
+				t.Error(out)
+			}
+			run(t, "qemu-img", "convert", "-f", "raw", "-O", "raw", s.uri, dst)
+			run(t, "cmp", "-n", fmt.Sprint(16<<20), src, dst)
+		})
+	}
+}
