@@ -1,7 +1,7 @@
 #!/bin/bash
 # Runs under systemd in the emulated machine: installs the package, makes
 # /dev/nbd0 of two LIO targets, restarts and upgrades the service under a
-# verified load, kills the daemon, and removes the package. Exit code: /run/rc.
+# verified load, kills and hangs the daemon, and removes the package. Exit code: /run/rc.
 set -u
 DEB=${DEB:?} DEB2=${DEB2:?}
 . "$(dirname "$0")/lio.sh"
@@ -21,6 +21,8 @@ bad() { journalctl -u mpathd --no-pager -n 40; systemctl status mpathd --no-page
 dpkg -i "$DEB" || bad "the package does not install"
 systemctl is-active mpathd || bad "the service does not run"
 [ "$(systemctl is-enabled mpathd)" = enabled ] || bad "the service is not enabled"
+another() { local p; p=$(systemctl show -P MainPID mpathd); [ "$p" != "$1" ] && [ "$p" != 0 ]; }
+zgrep -q attach-connections /usr/share/man/man8/mpathd-run.8.gz && [ -s /usr/share/bash-completion/completions/mpathd ] || bad "no man page or no completion"
 two() { mpathd show maps | grep -q ' 2/2 '; }
 until_true two || bad "the map did not come up"
 until_true grep -qx 1048576 /sys/block/nbd0/size || bad "/dev/nbd0 is not there"
@@ -31,6 +33,8 @@ sleep 2
 systemctl restart mpathd || bad "restart failed"
 until_true two || bad "the map did not come up after a restart"
 sleep 2
+mkdir -p /run/systemd/system/mpathd.service.d
+printf '[Service]\nWatchdogSec=10s\nTimeoutAbortSec=3s\n' > /run/systemd/system/mpathd.service.d/lab.conf
 dpkg -i "$DEB2" || bad "the upgrade does not install"
 until_true two || bad "the map did not come up after an upgrade"
 [ "$(dpkg-query -W -f '${Version}' mpathd)" = 9.9.9 ] || bad "the upgrade has another version"
@@ -41,6 +45,11 @@ sleep 1
 PID=$(systemctl show -P MainPID mpathd); kill -KILL "$PID"
 until_true two || bad "the map did not come up after a crash"
 [ "$(systemctl show -P MainPID mpathd)" != "$PID" ] || bad "not restarted"
+# One that lives and does nothing: the watchdog, shortened by a drop-in since the upgrade.
+PID=$(systemctl show -P MainPID mpathd); kill -STOP "$PID"
+until_true another "$PID" || until_true another "$PID" || bad "a daemon that hangs is not restarted"
+until_true two || bad "the map did not come up after the watchdog"
+journalctl -u mpathd --no-pager | grep -i 'watchdog' | tail -2 | grep . || bad "it was not the watchdog that restarted the daemon"
 wait $FIO || { cat /run/fio.log; bad "fio failed"; }
 grep -E 'clat.*max|err=' /run/fio.log
 dpkg -r mpathd && bad "the package was removed under a mounted file system"
