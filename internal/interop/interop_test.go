@@ -381,7 +381,7 @@ func (p *peer) chap(t *testing.T) {
 	}
 	g.Kill()
 	g = realtarget.Start(t, p.kind, realtarget.Options{CHAP: true, Mutual: true})
-	c.Address = g.Portals()[0]
+	c.Address, c.TargetName = g.Portals()[0], g.Name()
 	p.moves(t, g, c, 1<<20)
 	c.MutualSecret = "carthage-must-fall"
 	err = login(c)
