@@ -121,10 +121,16 @@ func (lg *login) take(k pdu.Key) (err error) {
 		lg.auth[k.Name] = k.Value
 	case "IFMarker", "OFMarker", "IFMarkInt", "OFMarkInt": // obsolete (RFC 7143 13.25)
 		lg.say(k.Name, "Reject")
-	case "TaskReporting":
-		lg.say(k.Name, "RFC3720")
+	case "TaskReporting": // the other values change what task management does
+		if answer := "RFC3720"; slices.Contains(strings.Split(k.Value, ","), answer) {
+			lg.say(k.Name, answer)
+		} else {
+			lg.say(k.Name, "Reject")
+		}
 	case "iSCSIProtocolLevel":
-		lg.say(k.Name, "1")
+		var level int
+		level, err = number(k, 0, 31)
+		lg.say(k.Name, strconv.Itoa(min(level, 1)))
 	case "HeaderDigest", "DataDigest", "DefaultTime2Wait", "DefaultTime2Retain", "ErrorRecoveryLevel", "InitialR2T", "ImmediateData", "MaxBurstLength",
 		"FirstBurstLength", "MaxConnections", "MaxOutstandingR2T", "DataPDUInOrder", "DataSequenceInOrder":
 		if _, ok := lg.offered[k.Name]; ok {

@@ -11,7 +11,7 @@ func TestKeys(t *testing.T) {
 	ks, err := ParseKeys(b)
 	require.NoError(t, err)
 	require.Equal(t, []Key{{"InitialR2T", "No"}, {"TargetName", "iqn.a:b"}}, ks)
-	for _, bad := range []string{"NoEnd=1", "=x\x00", "novalue\x00", "bad key=1\x00"} {
+	for _, bad := range []string{"NoEnd=1", "=x\x00", "novalue\x00", "bad key=1\x00", "iSCSIProtocol=1\x00"} {
 		_, err := ParseKeys([]byte(bad))
 		require.Error(t, err, bad)
 	}
@@ -32,5 +32,6 @@ func TestHeaderFields(t *testing.T) {
 
 func FuzzKeys(f *testing.F) {
 	f.Add([]byte("A=b\x00C=d\x00"))
+	f.Add([]byte("iSCSIProtocolLevel=2\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) { ParseKeys(b) })
 }

@@ -17,6 +17,9 @@ const (
 	maxKeyValue = 8192
 )
 
+// protocolLevel is the one key that does not begin with a capital (RFC 7143 6.1, 13.24).
+const protocolLevel = "iSCSIProtocolLevel"
+
 var errText = errors.New("malformed text")
 
 // AppendKey appends name=value and the terminating NUL to b.
@@ -56,7 +59,7 @@ func ParseList(data []byte, maxLen, maxKeys int) ([]Key, error) {
 		if eq <= 0 || eq > maxKeyName {
 			return nil, fmt.Errorf("%w: no key name", errText)
 		}
-		if item[0] < 'A' || item[0] > 'Z' {
+		if (item[0] < 'A' || item[0] > 'Z') && string(item[:eq]) != protocolLevel {
 			return nil, fmt.Errorf("%w: key name begins with byte %#02x", errText, item[0])
 		}
 		for _, c := range item[:eq] {
