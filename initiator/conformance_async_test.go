@@ -224,20 +224,23 @@ func leaves(t *testing.T, event uint8) {
 	require.Len(t, got, 1, "%x", got)
 	require.Equal(t, pdu.OpLogoutReq, got[0].Opcode())
 
-	// What does not end in time goes back when the session does.
-	slow := watches(t, nil, func(r *raw) {
-		if r.login() {
-			r.command()
-			r.async(event, 0, 0, 1)
-			r.answerAll(0, 0)
-		}
-	})
-	w := read8(t, slow.Session)
-	began := time.Now()
-	require.ErrorIs(t, w.result(t).Err, initiator.ErrSessionLost)
-	require.Less(t, time.Since(began), 3*time.Second, "the logout is due after one second")
-	require.Equal(t, initiator.Sent, w.c.Result.Delivery)
-	require.ErrorContains(t, ends(t, slow), "asked us to log out")
+	// What does not end in time goes back when the session does: the logout is due
+	// after that many seconds, but a target may ask for an hour.
+	for limit, most := range map[uint16]time.Duration{1: 3 * time.Second, 3600: 6 * time.Second} {
+		slow := watches(t, nil, func(r *raw) {
+			if r.login() {
+				r.command()
+				r.async(event, 0, 0, limit)
+				r.answerAll(0, 0)
+			}
+		})
+		w := read8(t, slow.Session)
+		began := time.Now()
+		require.ErrorIs(t, w.result(t).Err, initiator.ErrSessionLost)
+		require.Less(t, time.Since(began), most)
+		require.Equal(t, initiator.Sent, w.c.Result.Delivery)
+		require.ErrorContains(t, ends(t, slow), "asked us to log out")
+	}
 }
 
 // rejected plays a Reject of a READ.
@@ -362,6 +365,8 @@ var rejectCases = map[string]conformanceCase{
 		w := read8(t, never.Session)
 		require.ErrorIs(t, w.result(t).Err, initiator.ErrSessionLost)
 		require.ErrorIs(t, never.Err(), initiator.ErrTimeout)
+		t.Run("each reset", neverResets)
+		t.Run("each ping", neverPings)
 	}},
 	"RJ04": {"rejects commands because it waits for a logout", "hands that command back, logs out and in again", func(t *testing.T) {
 		seen := make(chan []pdu.Header, 1)
@@ -385,4 +390,111 @@ var rejectCases = map[string]conformanceCase{
 		require.Len(t, got, 1)
 		require.Equal(t, pdu.OpLogoutReq, got[0].Opcode())
 	}},
+}
+
+const tries = 6 // of a request that is always rejected
+
+// neverResets rejects each request to reset a unit.
+func neverResets(t *testing.T) {
+	t.Parallel()
+	tags := make(chan uint32, 2*tries)
+	s := watches(t, nil, func(r *raw) {
+		if !r.login() {
+			return
+		}
+		for {
+			h, _, ok := r.next(pdu.OpTaskMgmtReq, nil)
+			if !ok {
+				return
+			}
+			tags <- h.ITT()
+			r.rejectPDU(pdu.RejectTooManyImm, h)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 9*time.Second)
+	defer cancel()
+	var refused *initiator.TaskError
+	require.ErrorAs(t, s.LUReset(ctx, [8]byte{}), &refused)
+	require.Equal(t, pdu.TMFRejected, refused.Response)
+	require.Len(t, tags, tries)
+	require.NoError(t, s.Err())
+}
+
+// neverPings rejects each ping: one that was given up is followed by another one.
+func neverPings(t *testing.T) {
+	t.Parallel()
+	tags := make(chan []uint32, 1)
+	s := watches(t, nil, func(r *raw) {
+		r.login()
+		r.read() // the READ
+		var seen []uint32
+		for end := time.Now().Add(8 * time.Second); time.Now().Before(end) && len(seen) <= tries; {
+			r.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+			if h, _, ok := r.read(); ok {
+				seen = append(seen, h.ITT())
+				r.rejectPDU(pdu.RejectTooManyImm, h)
+			} else if 0 < len(seen) && len(seen) < tries {
+				r.update() // a sign of life; before the first ping it would keep that away
+			}
+		}
+		tags <- seen
+	})
+	read8(t, s.Session)
+	seen := <-tags
+	require.Len(t, seen, tries+1)
+	for _, tag := range seen[:tries] {
+		require.Equal(t, seen[0], tag)
+	}
+	require.NotEqual(t, seen[0], seen[tries])
+}
+
+// What a deferred error tells is for the owner of the unit, whichever command
+// brings it.
+func TestADeferredErrorIsNoticed(t *testing.T) {
+	s := watches(t, nil, func(r *raw) {
+		r.login()
+		h, _, _ := r.command()
+		sense := fixedSense(3, 0x0c, 0)
+		sense[0] = 0x71
+		r.check(h.ITT(), sense...)
+		r.drain()
+	})
+	require.EqualValues(t, 2, read8(t, s.Session).result(t).Status)
+	require.Len(t, s.heard(), 1)
+	require.True(t, s.heard()[0].Sense.Deferred)
+}
+
+// Rejects that come now and then, as of a target short of resources, are no storm.
+func TestRejectsCountForAWhileOnly(t *testing.T) {
+	const half = 100 // more than half of what is a storm
+	rested := make(chan struct{}, 2)
+	s := watches(t, func(c *initiator.Config) { c.FailoverTime = 200 * time.Millisecond }, func(r *raw) {
+		r.login()
+		r.command() // under way all the time
+		for range 2 {
+			for range half {
+				h, _, ok := r.command()
+				if !ok {
+					return
+				}
+				r.rejectPDU(pdu.RejectResources, h)
+			}
+			for range 12 { // each after a tick at least
+				h, _, _ := r.read()
+				r.pong(h)
+			}
+			rested <- struct{}{}
+		}
+		h, _, _ := r.command()
+		r.dataIn(h.ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
+		r.answerAll(0, 0)
+	})
+	read8(t, s.Session)
+	for range 2 {
+		for range half {
+			require.ErrorIs(t, readBlocking(s.Session), initiator.ErrAborted)
+		}
+		<-rested
+	}
+	require.NoError(t, readBlocking(s.Session))
 }

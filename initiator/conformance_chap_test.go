@@ -151,7 +151,7 @@ var chapCases = map[string]conformanceCase{
 		for _, n := range []int{1, 1024} {
 			require.NoError(t, chapTarget{challenge: "0x" + strings.Repeat("ab", n)}.opens(t, nil))
 		}
-		for _, c := range []string{"0x" + strings.Repeat("ab", 1025), "0xabc", "0b!!!", "0bAA\nA=", "0x", "0b", "plain"} {
+		for _, c := range []string{"0x" + strings.Repeat("ab", 1025), "0xabc", "0b!!!", "0bAA\nA=", "0bAB==", "0x", "0b", "plain"} {
 			require.ErrorContains(t, chapTarget{challenge: c}.opens(t, nil), "bad CHAP challenge", c)
 		}
 		chapRefuses(t, "bad CHAP challenge", "CHAP_A", "5", "CHAP_I", "1", "CHAP_C", "")
@@ -171,7 +171,7 @@ var chapCases = map[string]conformanceCase{
 		}
 		require.ErrorContains(t, chapTarget{algorithm: "5"}.opens(t, func(c *initiator.Config) { c.Algorithms = initiator.SHA256 | initiator.SHA3 }), "was not offered")
 	}},
-	"CH05": {"skips CHAP, or leaves the stage before it is asked to", "refuses", func(t *testing.T) {
+	"CH05": {"skips CHAP, leaves the stage before it is asked to, or sends keys of CHAP unasked", "refuses", func(t *testing.T) {
 		for method, say := range map[string]string{"None": "does not authenticate with CHAP", "Reject": "does not authenticate with CHAP"} {
 			c := scripted(t, loginStep(0, keys("AuthMethod", method), nil))
 			c.User, c.Secret = chapUser, chapSecret
@@ -183,6 +183,11 @@ var chapCases = map[string]conformanceCase{
 		c.User, c.Secret = chapUser, chapSecret
 		_, err := initiator.Open(context.Background(), c)
 		require.ErrorContains(t, err, "login stage 0 to 1")
+		refuses(t, "CHAP_I before CHAP was offered", loginStep(toLeave, keys("AuthMethod", "None", "CHAP_I", "1"), nil))
+		c = scripted(t, loginStep(0, keys("AuthMethod", "CHAP", "CHAP_A", "5", "CHAP_I", "1", "CHAP_C", "0x11"), nil))
+		c.User, c.Secret = chapUser, chapSecret
+		_, err = initiator.Open(context.Background(), c)
+		require.ErrorContains(t, err, "CHAP_A before CHAP was offered")
 	}},
 	"CH06": {"proves itself, also a step late; does not; proves it wrongly, in short, or under another name", "takes the right proof only, before full feature phase", func(t *testing.T) {
 		require.NoError(t, chapTarget{proof: proves(peerSecret)}.opens(t, mutually))
@@ -212,12 +217,13 @@ var chapCases = map[string]conformanceCase{
 	}},
 	"CH08": {"is to be logged in to with equal secrets, short ones, or half of them", "does not even connect, or finds the target's equal secrets", func(t *testing.T) {
 		for why, change := range map[string]func(c *initiator.Config){
-			"same secret":             func(c *initiator.Config) { c.MutualSecret = c.Secret },
-			"less than 12 bytes":      func(c *initiator.Config) { c.Secret = "eleven-byte" },
-			"mutual CHAP secret has":  func(c *initiator.Config) { c.MutualSecret = "eleven-byte" },
-			"has no secret":           func(c *initiator.Config) { c.Secret = "" },
-			"without a user":          func(c *initiator.Config) { c.User = "" },
-			"set mutual_chap_secret_": func(c *initiator.Config) { c.MutualUser = "storage" },
+			"same secret":                   func(c *initiator.Config) { c.MutualSecret = c.Secret },
+			"less than 12 bytes":            func(c *initiator.Config) { c.Secret = "eleven-byte" },
+			"mutual CHAP secret has":        func(c *initiator.Config) { c.MutualSecret = "eleven-byte" },
+			"has no secret":                 func(c *initiator.Config) { c.Secret = "" },
+			"without a user":                func(c *initiator.Config) { c.User = "" },
+			"mutual_chap_secret_file needs": func(c *initiator.Config) { c.User, c.Secret, c.MutualSecret = "", "", peerSecret },
+			"set mutual_chap_secret_":       func(c *initiator.Config) { c.MutualUser = "storage" },
 		} {
 			c := initiator.Config{Address: "192.0.2.1:3260", TargetName: iqn, InitiatorName: "iqn.2026-11.example:i"} // nothing answers there
 			c.User, c.Secret = chapUser, chapSecret
@@ -260,6 +266,11 @@ var chapCases = map[string]conformanceCase{
 		c.DataDigest = initiator.DigestRequired
 		_, err := initiator.Open(context.Background(), c)
 		require.ErrorContains(t, err, "does not do CRC32C as DataDigest")
+		require.Equal(t, initiator.RetrySlowly, initiator.Retry(err))
+		c = scripted(t, answers("InitialR2T", "No"))
+		c.HeaderDigest = initiator.DigestRequired
+		_, err = initiator.Open(context.Background(), c)
+		require.ErrorContains(t, err, "without a word about digests")
 		require.Equal(t, initiator.RetrySlowly, initiator.Retry(err))
 	}},
 	"DG05": {"negotiates both digests", "sends none in login and both from the first PDU of full feature phase", func(t *testing.T) {

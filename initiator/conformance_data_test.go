@@ -128,6 +128,11 @@ func residuals(t *testing.T) {
 	t.Run("both, in Data-In", readDrops("overflow and underflow", func(r *raw, itt uint32) { withStatus(r, itt, pattern, both) }))
 	t.Run("both, without data", writeDrops("overflow and underflow", func(r *raw, itt uint32) { r.good(itt, both) }))
 
+	t.Run("target failure", readEnds(func(r *raw, itt uint32) {
+		r.dataIn(itt, pdu.Final, 0, 0, pattern)
+		r.good(itt, func(h *pdu.Header) { h.SetResponse(1) })
+	}, func(t *testing.T, w *waited) { require.Equal(t, initiator.ErrTargetFailure, w.c.Result.Err) }))
+
 	// Answers whose length the unit chooses may be shorter, and may have been
 	// longer than there was room for.
 	for name, c := range map[string]struct {

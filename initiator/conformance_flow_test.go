@@ -90,8 +90,14 @@ var flowCases = map[string]conformanceCase{
 		})
 		t.Run("for a write", writeDrops("reads nothing", func(r *raw, itt uint32) { r.dataIn(itt, 0, 0, 0, pattern[:512]) }))
 	}},
-	"DI09": {"sends status that is not final, or twice", "drops", func(t *testing.T) {
+	"DI09": {"sends status that is not final, or twice, or CHECK CONDITION, in Data-In", "drops", func(t *testing.T) {
 		t.Run("not final", readDrops("not final", func(r *raw, itt uint32) { r.dataIn(itt, pdu.StatusBit, 0, 0, pattern) }))
+		t.Run("CHECK CONDITION", readDrops("Data-In with CHECK CONDITION", func(r *raw, itt uint32) {
+			h := pdu.Header{0: uint8(pdu.OpDataIn), 1: pdu.Final | pdu.StatusBit, 3: 2}
+			h.SetITT(itt)
+			h.SetTTT(pdu.NoTag)
+			r.send(h, pattern, true)
+		}))
 		t.Run("and a response", func(t *testing.T) {
 			s := logsIn(t, func(r *raw) {
 				r.login()

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -59,7 +60,7 @@ var loginCases = map[string]conformanceCase{
 			r.drain()
 		})
 	}},
-	"LG03": {"begins StatSN anywhere, also at its wrap", "takes it as the origin and wraps with it", func(t *testing.T) {
+	"LG03": {"begins StatSN anywhere, also at its wrap; skips one", "takes it as the origin and wraps with it; drops", func(t *testing.T) {
 		for _, sn := range []uint32{0, 0xffffffff, 0xfffffffe, 0x7fffffff, 4711} {
 			s := logsIn(t, func(r *raw) {
 				r.statSN = sn
@@ -71,6 +72,14 @@ var loginCases = map[string]conformanceCase{
 			})
 			require.NoError(t, read8(t, s).result(t).Err)
 		}
+		refuses(t, "StatSN 102 where 101 was due", func(_ int, r *raw) {
+			h, _, _ := r.read()
+			r.loginResponse(h, toOperational, nil, nil)
+			h, _, _ = r.read()
+			r.statSN++
+			r.loginResponse(h, toFullFeature, nil, nil)
+			r.drain()
+		})
 	}},
 	"LG04": {"ends the login without a session handle", "drops", func(t *testing.T) {
 		refuses(t, "without a session handle", func(_ int, r *raw) {
@@ -88,6 +97,13 @@ var loginCases = map[string]conformanceCase{
 		for _, csg := range []uint8{pdu.StageOperational, 2, pdu.StageFullFeature} {
 			refuses(t, "login stage", loginStep(csg<<2, nil, nil))
 		}
+		refuses(t, "login stage", func(_ int, r *raw) { // our request for the rest does not ask to leave
+			h, _, _ := r.read()
+			r.loginResponse(h, pdu.Continue, keys("AuthMethod", "None"), nil)
+			h, _, _ = r.read()
+			r.loginResponse(h, toOperational, nil, nil)
+			r.drain()
+		})
 	}},
 	"LG06": {"is final and continued at once", "drops", func(t *testing.T) {
 		refuses(t, "both final and continued", loginStep(toOperational|pdu.Continue, nil, nil))
@@ -108,7 +124,8 @@ var loginCases = map[string]conformanceCase{
 			h, _, _ = r.read()
 			r.loginResponse(h, toOperational, nil, nil)
 			h, _, _ = r.read()
-			r.loginResponse(h, toFullFeature, nil, nil)
+			long := strings.Repeat("x", 5000) // more than 8 KiB in one response, once we have declared to take it
+			r.loginResponse(h, toFullFeature, keys("TargetAddress", long, "InitiatorAlias", long), nil)
 			r.drain()
 		})
 	}},
@@ -120,24 +137,41 @@ var loginCases = map[string]conformanceCase{
 					if !ok {
 						return
 					}
-					r.loginResponse(h, flags, keys("TargetAlias", "x")[:0], nil)
+					r.loginResponse(h, flags, nil, nil)
 				}
 			})
 		}
+		refuses(t, "login text without end", func(_ int, r *raw) {
+			for h, _, ok := r.read(); ok; h, _, ok = r.read() {
+				r.loginResponse(h, pdu.Continue, bytes.Repeat([]byte("x"), 8<<10), nil)
+			}
+		})
 	}},
-	"LG09": {"asks for keys nobody knows", "answers NotUnderstood", func(t *testing.T) {
+	"LG09": {"asks for keys nobody knows, or later ones", "answers NotUnderstood, or with what RFC 7143 has", func(t *testing.T) {
 		said := make(chan []byte, 1)
 		logsIn(t, func(r *raw) {
 			h, _, _ := r.read()
 			r.loginResponse(h, toOperational, nil, nil)
 			h, _, _ = r.read()
-			r.loginResponse(h, pdu.StageOperational<<2, keys("X-foo", "1", "Foo", "2"), nil)
+			r.loginResponse(h, pdu.StageOperational<<2, keys("X-foo", "1", "Foo", "2", "TaskReporting", "FastAbort,RFC3720", "iSCSIProtocolLevel", "2"), nil)
 			h, data, _ := r.read()
 			said <- data
 			r.loginResponse(h, toFullFeature, nil, nil)
 			r.drain()
 		})
-		require.Equal(t, keys("X-foo", "NotUnderstood", "Foo", "NotUnderstood"), <-said)
+		require.Equal(t, keys("X-foo", "NotUnderstood", "Foo", "NotUnderstood", "TaskReporting", "RFC3720", "iSCSIProtocolLevel", "1"), <-said)
+		logsIn(t, func(r *raw) {
+			h, _, _ := r.read()
+			r.loginResponse(h, toOperational, nil, nil)
+			h, _, _ = r.read()
+			r.loginResponse(h, pdu.StageOperational<<2, keys("TaskReporting", "FastAbort", "iSCSIProtocolLevel", "0"), nil)
+			h, data, _ := r.read()
+			said <- data
+			r.loginResponse(h, toFullFeature, nil, nil)
+			r.drain()
+		})
+		require.Equal(t, keys("TaskReporting", "Reject", "iSCSIProtocolLevel", "0"), <-said)
+		refuses(t, "iSCSIProtocolLevel", answers("iSCSIProtocolLevel", "32"))
 	}},
 	"LG10": {"answers a key twice", "drops", func(t *testing.T) {
 		refuses(t, "twice", answers("InitialR2T", "No", "InitialR2T", "Yes"))
@@ -150,6 +184,8 @@ var loginCases = map[string]conformanceCase{
 		}
 		refuses(t, "MaxBurstLength", answers("MaxBurstLength", "16777215"))
 		refuses(t, "FirstBurstLength", answers("MaxBurstLength", "1024", "FirstBurstLength", "2048"))
+		s := logsIn(t, answering("MaxBurstLength", "1024"))
+		require.Equal(t, 1024, s.Negotiated().FirstBurst, "a default beyond MaxBurstLength")
 	}},
 	"LG13": {"spells numbers in hex, and wrongly", "takes hex in range, drops the rest", func(t *testing.T) {
 		logsIn(t, func(r *raw) { r.login("MaxBurstLength", "0x10000", "FirstBurstLength", "512"); r.drain() })
@@ -307,10 +343,20 @@ var loginCases = map[string]conformanceCase{
 			r.Write(append(a[:], "AuthMethod=No"...))
 		})
 		refuses(t, "reset the connection", func(_ int, r *raw) { r.read(); r.Conn.(*net.TCPConn).SetLinger(0) })
+		var most time.Duration // for a portal to accept the connection
+		far := initiator.Config{Address: "192.0.2.1:3260", TargetName: iqn, InitiatorName: "iqn.2026-11.example:i", LoginTimeout: time.Hour}
+		far.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			end, _ := ctx.Deadline()
+			most = time.Until(end)
+			return nil, os.ErrDeadlineExceeded
+		}
+		_, err := initiator.Open(context.Background(), far)
+		require.ErrorContains(t, err, "portal does not answer: check address")
+		require.LessOrEqual(t, most, 2*time.Second)
 		// A portal that hangs in login takes nothing from the path beside it.
 		hung := scripted(t, func(_ int, r *raw) { r.read(); r.drain() })
 		m := newMapped(t, 1, options{})
-		_, err := m.g.AddPath(paths.PathConfig{Name: "hung", Portal: hung.Address, Target: iqn, Order: 1,
+		_, err = m.g.AddPath(paths.PathConfig{Name: "hung", Portal: hung.Address, Target: iqn, Order: 1,
 			Open: func(ctx context.Context, _ func(initiator.State, error), _ func(*block.Plug)) (paths.Session, error) {
 				s, err := initiator.Open(ctx, hung)
 				if err != nil {

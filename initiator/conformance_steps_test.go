@@ -26,7 +26,11 @@ func refuses(t *testing.T, why string, script func(n int, r *raw)) {
 
 // answers logs in with other operational keys.
 func answers(kv ...string) func(int, *raw) {
-	return func(_ int, r *raw) {
+	return func(_ int, r *raw) { answering(kv...)(r) }
+}
+
+func answering(kv ...string) func(*raw) {
+	return func(r *raw) {
 		if r.login(kv...) {
 			r.drain()
 		}

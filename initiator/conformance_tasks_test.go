@@ -6,10 +6,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/initiator/pdu"
-	"github.com/mpathd/mpathd/scsi"
 )
 
 const slowR2T = "InitialR2T"
@@ -47,13 +45,7 @@ var taskCases = map[string]conformanceCase{
 			r.drain()
 		})
 		for _, want := range []error{initiator.ErrTimeout, nil} {
-			w := &waited{done: make(chan struct{})}
-			w.c = &initiator.Command{LUN: lun, Dir: initiator.DataIn, Data: make([]byte, 4096), Owner: w}
-			scsi.Read(&w.c.CDB, 0, 8, true)
-			var p block.Plug
-			require.True(t, s.Submit(w.c, &p))
-			p.Flush()
-			require.Equal(t, want, w.result(t).Err)
+			require.Equal(t, want, readOf(t, s.Session, lun).result(t).Err)
 		}
 		require.NoError(t, s.Err())
 	}},
@@ -215,13 +207,14 @@ var taskCases = map[string]conformanceCase{
 			require.Equal(t, keep, <-got)
 		}
 	}},
-	"TM07": {"reports a reset or cleared commands, and never answers those before", "aborts and hands back the older ones of that unit after a second; younger ones stay", func(t *testing.T) {
+	"TM07": {"reports a reset or cleared commands, and never answers those before", "aborts and hands back the older ones of that unit after a second; younger ones and those of other units stay", func(t *testing.T) {
 		for _, sense := range [][]byte{fixedSense(6, 0x29, 3), fixedSense(6, 0x2f, 0)} {
 			aborted := make(chan []uint32, 1)
 			s := watches(t, nil, func(r *raw) { // commands hang after 30 s
 				if !r.login() {
 					return
 				}
+				other, _, _ := r.command() // of another unit
 				var cmds [5]pdu.Header
 				for i := range cmds {
 					cmds[i], _, _ = r.command()
@@ -237,9 +230,12 @@ var taskCases = map[string]conformanceCase{
 					r.tmfResponse(rq, []uint8{pdu.TMFComplete, pdu.TMFNoTask, pdu.TMFNoTask}[len(tags)-1])
 				}
 				aborted <- tags
+				r.quiet(t, 700*time.Millisecond, pdu.OpTaskMgmtReq)
 				r.dataIn(cmds[4].ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
+				r.dataIn(other.ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
 				r.answerAll(0, 0)
 			})
+			beside := readOf(t, s.Session, [8]byte{0, 1})
 			began := time.Now()
 			older := []*waited{read8(t, s.Session), write(t, s.Session, 4096), read8(t, s.Session)}
 			ua, younger := read8(t, s.Session), read8(t, s.Session)
@@ -249,8 +245,10 @@ var taskCases = map[string]conformanceCase{
 			}
 			require.Less(t, time.Since(began), 8*time.Second)
 			require.Equal(t, []uint32{0, 0, 0}, <-aborted)
-			younger.result(t)
-			whole(t, younger)
+			for _, w := range []*waited{younger, beside} {
+				w.result(t)
+				whole(t, w)
+			}
 			require.NoError(t, s.Err())
 			require.NotEmpty(t, s.heard())
 			require.EqualValues(t, sense[12], s.heard()[0].Sense.ASC)

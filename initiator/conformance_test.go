@@ -69,7 +69,7 @@ func TestConformance(t *testing.T) {
 		c := all[id]
 		t.Run(id+" target "+c.target, func(t *testing.T) {
 			t.Parallel()
-			defer func() { results.set(id, !t.Failed()) }()
+			t.Cleanup(func() { results.set(id, !t.Failed()) }) // after its parallel parts
 			c.run(t)
 		})
 	}

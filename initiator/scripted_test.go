@@ -207,9 +207,11 @@ func logsIn(t *testing.T, script func(r *raw)) *initiator.Session {
 }
 
 // read8 submits a READ of 4096 bytes.
-func read8(t *testing.T, s *initiator.Session) *waited {
+func read8(t *testing.T, s *initiator.Session) *waited { return readOf(t, s, [8]byte{}) }
+
+func readOf(t *testing.T, s *initiator.Session, lun [8]byte) *waited {
 	w := &waited{done: make(chan struct{})}
-	w.c = &initiator.Command{Dir: initiator.DataIn, Data: make([]byte, 4096), Owner: w}
+	w.c = &initiator.Command{LUN: lun, Dir: initiator.DataIn, Data: make([]byte, 4096), Owner: w}
 	scsi.Read(&w.c.CDB, 0, 8, true)
 	var p block.Plug
 	require.True(t, s.Submit(w.c, &p))

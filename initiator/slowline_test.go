@@ -4,12 +4,14 @@ import (
 	"context"
 	"net"
 	"os"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/initiator/pdu"
@@ -110,4 +112,39 @@ func TestTimeoutOfTheKernelIsNotCalledTheTargetsEnd(t *testing.T) {
 	close(stuck)
 	require.ErrorIs(t, s.Err(), syscall.ETIMEDOUT)
 	require.False(t, initiator.ClosedByTarget(s.Err()))
+}
+
+// What is sent again and not acknowledged makes a path suspect before silence does.
+func TestWhatGetsNoAcknowledgementIsSuspectEarly(t *testing.T) {
+	t.Parallel()
+	deaf, hears := make(chan struct{}), make(chan struct{})
+	hear := sync.OnceFunc(func() { close(hears) })
+	c := scripted(t, func(_ int, r *raw) {
+		r.login()
+		raw, err := r.Conn.(*net.TCPConn).SyscallConn()
+		assert.NoError(t, err)
+		drop := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K}} // every segment, before it is acknowledged
+		raw.Control(func(fd uintptr) {
+			assert.NoError(t, unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &drop[0]}))
+		})
+		close(deaf)
+		<-hears
+		raw.Control(func(fd uintptr) { unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_DETACH_FILTER, 0) })
+		h, _, _ := r.command()
+		r.dataIn(h.ITT(), pdu.Final|pdu.StatusBit, 0, 0, pattern)
+		r.drain()
+	})
+	t.Cleanup(hear)
+	c.FailoverTime = 10 * time.Second // silence makes it suspect after 3 s
+	causes := make(chan error, 4)
+	c.OnState = func(_ initiator.State, cause error) { causes <- cause }
+	s, err := initiator.Open(context.Background(), c)
+	require.NoError(t, err)
+	t.Cleanup(func() { s.Abort(os.ErrClosed); <-s.Done() })
+	<-deaf
+	w := read8(t, s)
+	require.ErrorContains(t, <-causes, "acknowledges nothing of what was sent again")
+	hear()
+	require.NoError(t, w.result(t).Err)
+	require.NoError(t, <-causes, "up again")
 }

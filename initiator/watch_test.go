@@ -1,6 +1,7 @@
 package initiator
 
 import (
+	"errors"
 	"net"
 	"syscall"
 	"testing"
@@ -102,6 +103,19 @@ func TestSilenceTickByTick(t *testing.T) {
 	_, _, dead = s.silence(100, moment{dead: 25})
 	require.Equal(t, ticksDead, dead, "unless the link was lost")
 	require.ErrorIs(t, s.Err(), errStalled)
+}
+
+func TestALostLinkCountsAtOnce(t *testing.T) {
+	s, told := watched(t)
+	s.timer = time.AfterFunc(time.Hour, func() {})
+	defer s.timer.Stop()
+	s.lost = errors.New("no carrier")
+	s.tick()
+	require.Equal(t, []State{Suspect}, *told)
+	require.NotZero(t, s.ping)
+	_, _, dead := s.silence(100, moment{dead: ticksDead})
+	require.Equal(t, ticksSuspect, dead)
+	require.ErrorContains(t, s.Err(), "no carrier")
 }
 
 func TestIdleTicksCountNothing(t *testing.T) {
