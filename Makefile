@@ -1,7 +1,7 @@
 GO ?= go
 PACKAGES = ./...
 
-.PHONY: soak-kernel bench-kernel bench-scale bench-idle bench-fence interop deb build demo test bench lab fuzz ghost ghost-lab sim conformance lint deps
+.PHONY: race soak-kernel bench-kernel bench-scale bench-idle bench-fence interop deb build demo test bench lab fuzz ghost ghost-lab sim conformance lint deps
 
 build:
 	CGO_ENABLED=0 $(GO) build -o mpathd ./cmd/mpathd
@@ -12,8 +12,15 @@ demo: build
 deps:
 	bash internal/deps/install.sh
 
+# Two packages at once: most of the time tests wait, for a timer to run out, for a
+# target to come back, or for an emulated machine, which has one processor busy.
 test: deps build
-	$(GO) test -count=1 -p 1 -timeout 900s $(PACKAGES)
+	$(GO) test -count=1 -p 2 -timeout 900s $(PACKAGES)
+
+# The race detector, where there is concurrency to look at. One package at once:
+# it makes them slow, and some compare times.
+race: deps
+	$(GO) test -race -count=1 -p 1 -timeout 900s ./block ./scsi ./initiator/... ./paths ./selector ./checker ./nbd/... ./daemon ./drill ./internal/target ./internal/faultnet
 
 lint:
 	$(GO) vet $(PACKAGES)

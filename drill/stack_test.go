@@ -15,7 +15,6 @@ func TestMain(m *testing.M) {
 
 // TestDemoLosesNothing runs the whole stack through its three faults.
 func TestDemoLosesNothing(t *testing.T) {
-	t.Parallel()
 	var out bytes.Buffer
 	err := Demo(context.Background(), &out)
 	t.Log("\n" + out.String())

@@ -67,13 +67,13 @@ func bootWith(t *testing.T, options []string, script string, seconds int, env ..
 // TestFailoverOnKernelDevice boots a kernel, makes /dev/nbd0 out of two LIO
 // targets and cuts one path under a verified file system.
 func TestFailoverOnKernelDevice(t *testing.T) {
-	boot(t, "failover.sh", 240, "MPATHD="+built(t, "../../cmd/mpathd"), "GONBD="+built(t, "./gonbd"))
+	boot(t, "failover.sh", 400, "MPATHD="+built(t, "../../cmd/mpathd"), "GONBD="+built(t, "./gonbd"))
 }
 
 // TestUpgradeUnderLoad replaces the daemon several times under a verified file
 // system.
 func TestUpgradeUnderLoad(t *testing.T) {
-	boot(t, "upgrade.sh", 240, "MPATHD="+built(t, "../../cmd/mpathd"))
+	boot(t, "upgrade.sh", 400, "MPATHD="+built(t, "../../cmd/mpathd"))
 }
 
 // TestPackage installs, restarts, upgrades, kills and removes mpathd as a

@@ -54,7 +54,7 @@ func dial(t testing.TB, p *Portal) *client {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = nc.Close() })
-	_ = nc.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = nc.SetDeadline(time.Now().Add(time.Minute))
 	return &client{t: t, nc: nc, itt: 1, buf: make([]byte, 1<<20), tx: make([]byte, 0, 1<<20)}
 }
 
