@@ -1,6 +1,8 @@
 package paths
 
 import (
+	"context"
+	"reflect"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,4 +124,25 @@ func TestPathOfAServerThatLostItsPowerDoesNotAnswerForAnother(t *testing.T) {
 			require.NoError(t, f.Err, "it said nothing of a loss")
 		})
 	}
+}
+
+// What the group tells its owner it tells after a Reconfigure too: a loss that is
+// not remembered is no loss after a crash.
+func TestReconfigureKeepsTheCallbacks(t *testing.T) {
+	lost := make(chan bool, 1)
+	c := Config{Alias: "m", OnLoss: func(is bool) { lost <- is }, OnRisk: func(string, bool, []string) {}, OnResize: func(int64) error { return nil },
+		OnLUNs: func(string, string) {}, OnClass: func(string, Trust) {}}
+	g, err := NewGroup(c, &initiator.LUInfo{WWID: "w", Blocks: 8, BlockSize: 512})
+	require.NoError(t, err)
+	defer g.Close(context.Background())
+	require.NoError(t, g.Reconfigure(Config{Policy: "multibus"}))
+	now := reflect.ValueOf(g.Config())
+	for i := range now.NumField() {
+		if f := now.Type().Field(i); f.Type.Kind() == reflect.Func && f.Name != "FenceCommand" {
+			require.False(t, now.Field(i).IsNil(), f.Name)
+		}
+	}
+	g.loss.lose(1, 0)
+	g.saveLoss()
+	require.True(t, <-lost)
 }

@@ -42,7 +42,8 @@ func (g *Group) path(name string) (*Path, error) {
 func (g *Group) Reconfigure(c Config) error {
 	old := g.cfg().Config
 	c.Alias, c.WWID, c.Merge, c.QueueDepth, c.Logger = old.Alias, old.WWID, old.Merge, old.QueueDepth, old.Logger
-	c.OnRisk, c.OnResize, c.OnLUNs, c.OnClass = old.OnRisk, old.OnResize, old.OnLUNs, old.OnClass
+	c.OnRisk, c.OnResize, c.OnLUNs, c.OnClass, c.OnLoss = old.OnRisk, old.OnResize, old.OnLUNs, old.OnClass, old.OnLoss
+	c.Targets, c.LeaveOut, c.Jitter = old.Targets, old.LeaveOut, old.Jitter
 	c.Unfenced, c.Classes = nil, old.Classes
 	pol, err := newPolicy(c, g.lu())
 	if err != nil {
