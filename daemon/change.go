@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/paths"
@@ -58,6 +59,7 @@ func (d *Daemon) Reconfigure() error {
 		d.wg.Add(1)
 		go func() { defer d.wg.Done(); d.discover(p) }()
 	}
+	d.dropMaps()
 	d.log.Info("configuration applied", "maps", len(maps), "problems", len(all))
 	return errors.Join(all...)
 }
@@ -98,6 +100,100 @@ func (d *Daemon) dropTargets(now []initiator.URL, discover []Discovery) {
 			})
 		}
 	}
+}
+
+// Waits before a map without paths ends.
+const (
+	replaceTime    = 10 * time.Second // for new targets to lead to its unit
+	disconnectTime = 5 * time.Second  // for the kernel's connection to end after its device
+)
+
+// dropMaps ends maps without paths, as soon as all targets of the configuration
+// have shown where they lead.
+func (d *Daemon) dropMaps() {
+	d.mu.Lock()
+	maps := slices.Clone(d.maps)
+	d.mu.Unlock()
+	maps = slices.DeleteFunc(maps, func(m *mapEntry) bool { return m.group.Snapshot().Paths.Total > 0 })
+	if len(maps) == 0 {
+		return
+	}
+	d.wg.Go(func() {
+		for end := time.Now().Add(replaceTime); time.Now().Before(end); {
+			d.mu.Lock()
+			known := len(d.pending) == 0
+			d.mu.Unlock()
+			if known {
+				break
+			}
+			select {
+			case <-time.After(50 * time.Millisecond):
+			case <-d.ctx.Done():
+				return
+			}
+		}
+		d.changing.Lock()
+		defer d.changing.Unlock()
+		for _, m := range maps {
+			d.dropMap(m)
+		}
+	})
+}
+
+// dropMap ends a map whose last path the configuration names no more. One that is
+// in use stays, and its I/O waits for a path; so does one with old writes to fence.
+func (d *Daemon) dropMap(m *mapEntry) {
+	st := m.group.Snapshot()
+	if st.Paths.Total > 0 || d.ctx.Err() != nil {
+		return
+	}
+	stays := func(why string) {
+		d.log.Warn("map stays without a path, its I/O waits", "map", m.alias, "cause", why, "do", "end its use and reconfigure, or configure a path")
+	}
+	d.mu.Lock()
+	k := m.kernel
+	d.mu.Unlock()
+	switch {
+	case len(st.Safety.Unfenced) > 0:
+		stays("old sessions are not fenced")
+		return
+	case st.Safety.Lost:
+		stays("acknowledged writes are lost, and no flush has failed for it yet")
+		return
+	case k.Detach == nil:
+	case k.InUse == nil:
+		stays(k.Path + " may be in use")
+		return
+	default:
+		if who := k.InUse(); who != "" {
+			stays(who)
+			return
+		}
+		if d.detached(m, k) != nil {
+			return
+		}
+	}
+	end := time.Now().Add(disconnectTime)
+	for !d.server.RemoveExport(m.alias) {
+		if k.Detach == nil || time.Now().After(end) {
+			stays("an NBD client uses it")
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	d.mu.Lock()
+	if m.export = false; m.group.Snapshot().Paths.Total > 0 { // one came just now
+		err := d.expose(m)
+		d.mu.Unlock()
+		if err != nil {
+			d.log.Error("map not exported", "map", m.alias, "cause", err)
+		}
+		return
+	}
+	d.maps = slices.DeleteFunc(d.maps, func(x *mapEntry) bool { return x == m })
+	d.mu.Unlock()
+	m.group.Close(d.ctx)
+	d.log.Info("map removed: the configuration names no path to it", "map", m.alias)
 }
 
 // discovers tells whether the configuration still names the portal.

@@ -17,6 +17,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/internal/target"
 	"github.com/mpathd/mpathd/nbd/client"
@@ -390,4 +391,55 @@ func TestOperatorsActionsAreEvents(t *testing.T) {
 	require.NoError(t, g.Switch(0))
 	event("path-group-switched", ps[1].Addr()+"/0", "the operator")
 	require.Equal(t, before+2, g.Snapshot().Totals.GroupSwitches)
+}
+
+// A map whose last target the configuration names no more ends, unless somebody
+// uses it; a unit that comes through another target meanwhile keeps its map.
+func TestMapsEndWithTheirLastTarget(t *testing.T) {
+	_, ps := disk(t, "ends", 2)
+	var targets []initiator.URL
+	for _, p := range ps {
+		u, err := initiator.ParseURL(p.URL(0))
+		require.NoError(t, err)
+		targets = append(targets, u)
+	}
+	var next []initiator.URL
+	resolve := func(*initiator.LUInfo) (paths.Config, string, error) {
+		return paths.Config{Alias: "m", NoPathRetry: paths.Queue}, "", nil
+	}
+	var attached, detached int
+	inUse := ""
+	d, l := begin(t, Options{Targets: targets[:1], Resolve: resolve, Reload: func() (Reloaded, error) { return Reloaded{Targets: next, Resolve: resolve}, nil },
+		Attach: func(*Daemon, string, string, string, block.Geometry) (Kernel, error) {
+			attached++
+			return Kernel{Path: "/dev/nbd9", Detach: func() error { detached++; return nil }, InUse: func() string { return inUse }}, nil
+		}})
+	device := func(m paths.MapStatus) bool { return m.Paths.Usable == 1 && m.NBD.Device == "/dev/nbd9" }
+	await(t, d, "up", device)
+	g := d.maps[0].group
+	next = targets[1:]
+	require.NoError(t, d.Reconfigure())
+	await(t, d, "the other target leads to it", device)
+	require.Same(t, g, d.maps[0].group)
+
+	next, inUse = nil, "/dev/nbd9 is mounted on /srv"
+	require.NoError(t, d.Reconfigure())
+	says(t, l, "map stays without a path", "/dev/nbd9 is mounted on /srv")
+	kind, addr, _ := strings.Cut(d.o.NBD, ":")
+	c, err := client.Dial(kind, addr, "m")
+	require.NoError(t, err)
+	inUse = ""
+	require.NoError(t, d.Reconfigure())
+	says(t, l, "map stays without a path", "an NBD client uses it")
+	require.NoError(t, c.Close())
+	require.Eventually(t, func() bool { return d.Reconfigure() == nil && len(d.Snapshot().Maps) == 0 }, 10*time.Second, 100*time.Millisecond)
+	require.Equal(t, 1, attached)
+	require.Equal(t, 1, detached)
+	_, err = client.Dial(kind, addr, "m")
+	require.Error(t, err, "no export is left")
+
+	next = targets
+	require.NoError(t, d.Reconfigure())
+	await(t, d, "made anew", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 && m.NBD.Device == "/dev/nbd9" })
+	write(t, d, "m", 0)
 }

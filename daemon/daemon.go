@@ -436,6 +436,11 @@ func (d *Daemon) attach(m *mapEntry) {
 		return
 	}
 	d.mu.Lock()
+	if !slices.Contains(d.maps, m) { // it ended meanwhile
+		d.mu.Unlock()
+		k.Detach()
+		return
+	}
 	m.kernel = k
 	d.mu.Unlock()
 	what := "attached"

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -193,6 +194,26 @@ func (s *Server) AddExport(e Export) error {
 		s.exports[n] = x
 	}
 	return nil
+}
+
+// RemoveExport takes an export away, unless a connection uses it: it reports
+// whether it is gone.
+func (s *Server) RemoveExport(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x := s.exports[name]
+	if x == nil {
+		return true
+	}
+	if x.connections.Load() > 0 {
+		return false
+	}
+	maps.DeleteFunc(s.exports, func(_ string, have *export) bool { return have == x })
+	for _, a := range x.spare {
+		a.Close()
+	}
+	x.spare = nil
+	return true
 }
 
 // find returns an export; the empty name is the only export there is.
