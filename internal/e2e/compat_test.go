@@ -101,6 +101,18 @@ func TestClientsOfMultipathd(t *testing.T) {
 	got, rc := theirs(multipathd, "", "show", "paths", "raw", "format", "%d %t %m")
 	require.Equal(t, "127.0.0.1:3260/0 active xensan\n127.0.0.2:3260/0 active xensan\n", got)
 	require.Zero(t, rc)
+	// As scripts that are about call it.
+	for cmd, want := range map[string]string{
+		"show topo": s.maps().Maps[0].WWID, "show multipaths status": "active", `show maps raw format "%n_%d_"`: "xensan_-_\n", `show paths format "%t %T"`: "active ready",
+		`show maps raw format "%n|%w|%d|%N|%t"`: "|-|2|active\n", `show paths raw format "%m|%d|%t|%o"`: "xensan|127.0.0.1:3260/0|active|running\n", `show paths format "%d %t %i %p %P"`: "scsi:iscsi",
+	} {
+		got, rc := theirs(multipathd, "", "-k"+cmd)
+		require.Contains(t, got, want, cmd)
+		require.Zero(t, rc, cmd)
+		got, rc = ours("-k" + cmd)
+		require.Contains(t, got, want, cmd)
+		require.Zero(t, rc, cmd)
+	}
 	got, _ = theirs(multipathd, "", "-kshow maps raw format %N")
 	require.Equal(t, "2\n", got)
 	got, _ = theirs(multipathc, "show maps raw format \"%n %S\"\nquit\n")
@@ -150,7 +162,7 @@ func TestClientsOfMultipathd(t *testing.T) {
 		args, says string
 		code       int
 	}{
-		{"-v1 -ll", "xensan\n", 0}, {"-ll xensan", topology, 0}, {"-ll nosuch", "", 1}, {"-c 127.0.0.1:3260/0", "DM_MULTIPATH_DEVICE_PATH=\"1\"\n", 0},
+		{"-v1 -ll", "xensan\n", 0}, {"-ll xensan", topology, 0}, {"-v4 -ll", topology, 0}, {"-ll nosuch", "", 1}, {"-c 127.0.0.1:3260/0", "DM_MULTIPATH_DEVICE_PATH=\"1\"\n", 0},
 		{"-u sdz", "DM_MULTIPATH_DEVICE_PATH=\"0\"\n", 1}, {"-C xensan", "", 0}, {"-C nosuch", "", 1}, {"-v0", "", 0}, {"-F", "", 1},
 	} {
 		c := exec.Command(link, strings.Fields(x.args)...)
