@@ -111,10 +111,18 @@ func (g *Group) despair(e *epoch) {
 
 // targetOf is the target of an epoch's path, empty if that is not configured any more.
 func (g *Group) targetOf(e *epoch) string {
-	for _, p := range *g.everyPath.Load() {
-		if p == e.path || p.Name == e.name {
-			return p.Target
-		}
+	if p := g.pathOf(e); p != nil {
+		return p.Target
 	}
 	return ""
+}
+
+// pathOf is the path that e was of, or now goes by its name; nil without one.
+func (g *Group) pathOf(e *epoch) *Path {
+	for _, p := range *g.everyPath.Load() {
+		if p == e.path || p.Name == e.name {
+			return p
+		}
+	}
+	return nil
 }

@@ -35,6 +35,8 @@ type Path struct {
 	powered       atomic.Int64 // when its unit last said that it lost its power, or long ago
 	flushing      atomic.Int32 // flushes in flight that found it dirty: it may become so again
 	heardReset    atomic.Int64 // when the unit last said that it was reset, Unix ns
+	loginsBegun   atomic.Int32 // with its identity, each of which ends the session of the one before
+	loginsEnded   atomic.Int32 // in a session or not
 	keyed         atomic.Bool  // its reservation key is registered
 	doubted       atomic.Bool  // out of service until its unit is verified anew
 	foreign       atomic.Bool  // may lead to another disk since: no answer of it counts

@@ -133,12 +133,13 @@ func (g *Group) awaitFences(ctx context.Context, target string) error {
 }
 
 // resetUnit sends LOGICAL UNIT RESET and awaits it.
-func (g *Group) resetUnit(ctx context.Context, r resetter, target string, lun [8]byte) error {
+func (g *Group) resetUnit(ctx context.Context, r resetter, e *epoch, lun [8]byte) error {
+	target := g.targetOf(e)
 	if !g.targets.endsSessions(target) {
-		return g.announceReset(ctx, r, target, lun)
+		return g.announceReset(ctx, r, e, lun)
 	}
 	hushed, met := g.hush(ctx, target)
-	err := g.announceReset(ctx, r, target, lun)
+	err := g.announceReset(ctx, r, e, lun)
 	if err == nil && len(met) > 0 && !anyEnded(met) && g.targets.remember(target, false) {
 		g.log.Info("the target does not end other sessions any more when a unit is reset", "target", target)
 		if f := g.cfg().OnClass; f != nil {
@@ -220,9 +221,14 @@ func (g *Group) resetTold(ctx context.Context, target string, of []witness, sinc
 
 // announceReset makes ends of sessions meanwhile count as caused by it. Its own
 // session may be one of them, if another fence sends a reset at the same time:
-// without taking turns two fences would end each other for ever.
-func (g *Group) announceReset(ctx context.Context, s resetter, target string, lun [8]byte) error {
-	ts := g.targets
+// without taking turns two fences would end each other for ever. A login with the
+// same identity ends it too, and says nothing.
+func (g *Group) announceReset(ctx context.Context, s resetter, e *epoch, lun [8]byte) error {
+	ts, target, p := g.targets, g.targetOf(e), g.pathOf(e)
+	var before int32
+	if p != nil {
+		before = p.loginsEnded.Load()
+	}
 	ts.mu.Lock()
 	k := ts.of(target)
 	k.resets++
@@ -235,7 +241,8 @@ func (g *Group) announceReset(ctx context.Context, s resetter, target string, lu
 	k.reset = time.Now()
 	another := k.begun > nth
 	ts.mu.Unlock()
-	if another && initiator.ClosedByTarget(err) {
+	contested := p != nil && p.loginsBegun.Load() > before
+	if another && !contested && initiator.ClosedByTarget(err) {
 		g.endsSessions(target)
 	}
 	return err

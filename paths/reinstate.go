@@ -32,13 +32,27 @@ type fenceWay struct {
 	open func(ctx context.Context) (Session, error)
 }
 
+// login logs in where the path leads.
+func (p *Path) login(ctx context.Context) (Session, error) {
+	p.loginsBegun.Add(1)
+	defer p.loginsEnded.Add(1)
+	return p.Open(ctx, p.onState, p.onRoom)
+}
+
+// loginAt logs in at another portal with the path's identity.
+func (p *Path) loginAt(ctx context.Context, portal string) (Session, error) {
+	p.loginsBegun.Add(1)
+	defer p.loginsEnded.Add(1)
+	return p.OpenAt(ctx, portal)
+}
+
 // ways are the portals that proved able to end this path's session.
 func (p *Path) ways() (out []fenceWay) {
 	p.g.mu.Lock()
 	defer p.g.mu.Unlock()
 	for q, ok := range p.via {
 		if ok {
-			out = append(out, fenceWay{q.Name, func(ctx context.Context) (Session, error) { return p.OpenAt(ctx, q.Portal) }})
+			out = append(out, fenceWay{q.Name, func(ctx context.Context) (Session, error) { return p.loginAt(ctx, q.Portal) }})
 		}
 	}
 	return out
@@ -193,7 +207,7 @@ func (g *Group) drainUnit(ctx context.Context, s Session, e *epoch, lun [8]byte,
 		by = "reset"
 		var te *initiator.TaskError
 		target, of, sent := g.targetOf(e), g.witnesses(e), time.Now()
-		switch err := g.resetUnit(ctx, r, target, lun); {
+		switch err := g.resetUnit(ctx, r, e, lun); {
 		case errors.As(err, &te):
 			kind = fenceUnproven
 			g.log.Warn("the target does not reset its unit: what its backend still does cannot be awaited", "path", e.name, "cause", err)

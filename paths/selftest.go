@@ -41,7 +41,7 @@ func (p *Path) selfTest(ctx context.Context, s Session) (Session, error) {
 	}
 	heard(s, nil)
 	for _, q := range p.siblings() {
-		f, ended, err := p.ends(ctx, s, func() (Session, error) { return heard(p.OpenAt(ctx, q.Portal)) })
+		f, ended, err := p.ends(ctx, s, func() (Session, error) { return heard(p.loginAt(ctx, q.Portal)) })
 		if errors.Is(err, errSpoilt) {
 			return nil, err
 		}
@@ -61,7 +61,7 @@ func (p *Path) selfTest(ctx context.Context, s Session) (Session, error) {
 	trust, saysPower := Reinstates, true
 	for range selfTests {
 		before := powerOns.Load()
-		again, ended, err := p.ends(ctx, s, func() (Session, error) { return heard(p.Open(ctx, p.onState, p.onRoom)) })
+		again, ended, err := p.ends(ctx, s, func() (Session, error) { return heard(p.login(ctx)) })
 		if err != nil {
 			s.Abort(errSelfTest)
 			<-s.Done()

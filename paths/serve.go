@@ -103,7 +103,7 @@ func (p *Path) serve() (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	s, err := p.Open(ctx, p.onState, p.onRoom)
+	s, err := p.login(ctx)
 	if err != nil {
 		p.events.refused.Add(1)
 		return 0, err
