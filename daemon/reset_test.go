@@ -115,6 +115,7 @@ func TestResetThatEndsSessionsDoesNotCallForTheNextOne(t *testing.T) {
 		require.Eventually(t, up(3), 60*time.Second, 10*time.Millisecond)
 	}
 	require.Empty(t, endedInUse(l.String()[known:], ps[0].Addr()), "sessions that a reset ended had writes under way: the next reset is for them")
+	require.NotContains(t, l.String()[known:], "through="+ps[0].Addr(), "the hung portal had a turn while others answer")
 	says(t, l, "ends other sessions when a unit is reset", iqn)
 	for _, m := range d.Snapshot().Maps {
 		require.Equal(t, paths.Drops, m.Groups[0].Paths[0].Trust)

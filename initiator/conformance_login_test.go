@@ -352,6 +352,7 @@ var loginCases = map[string]conformanceCase{
 		}
 		_, err := initiator.Open(context.Background(), far)
 		require.ErrorContains(t, err, "portal does not answer: check address")
+		require.True(t, initiator.Unanswered(err))
 		require.LessOrEqual(t, most, 2*time.Second)
 		// A portal that hangs in login takes nothing from the path beside it.
 		hung := scripted(t, func(_ int, r *raw) { r.read(); r.drain() })

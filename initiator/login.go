@@ -93,6 +93,13 @@ var (
 	errEndless  = fmt.Errorf("the target does not end the login within %d exchanges", loginExchanges)
 )
 
+// Unanswered tells whether err, of Open, means that nothing came from the portal
+// in time.
+func Unanswered(err error) bool {
+	var ne net.Error
+	return errors.Is(err, errNoAnswer) || errors.Is(err, syscall.EHOSTUNREACH) || errors.As(err, &ne) && ne.Timeout()
+}
+
 // attempt connects and logs in once. The login is nil if there was no
 // connection; with an error the connection is closed.
 func attempt(ctx context.Context, c *Config, address string, how tactics) (*login, error) {

@@ -154,10 +154,11 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	g.mu.Unlock()
 	for _, u := range c.Unfenced {
 		if c.Protection != Off {
-			e := &epoch{name: u.Path, key: u.Key, whole: true, since: time.Now(), fenced: make(chan struct{})}
+			e := newEpoch(u.Path)
+			e.key, e.whole = u.Key, true
 			var ways []fenceWay
 			for portal, open := range u.Via {
-				ways = append(ways, fenceWay{portal, open})
+				ways = append(ways, fenceWay{portal, portal, open})
 			}
 			g.openEpoch(e)
 			g.startVia(e, u.LUN, ways)

@@ -43,8 +43,16 @@ type epoch struct {
 	since    time.Time
 	flushed  atomic.Bool   // its server's cache was, after its last write
 	fenced   chan struct{} // closed when no write of the epoch can execute any more
+	tried    chan struct{} // closed when each other portal was asked once, or none is
+	askedAll func()        // closes it
 	hopeless bool          // what waits for it fails; guarded by ledger.mu
 	stopVia  func()        // ends fencing through other portals and waits; guarded by Group.mu
+}
+
+func newEpoch(path string) *epoch {
+	e := &epoch{name: path, since: time.Now(), fenced: make(chan struct{}), tried: make(chan struct{})}
+	e.askedAll = sync.OnceFunc(func() { close(e.tried) })
+	return e
 }
 
 // Rule is one thing that the ledger must do. Simulations leave out one at a
@@ -177,7 +185,8 @@ func (p *Path) settle() {
 	p.g.mu.Lock()
 	nexus, caches := p.nexus, p.g.separateCaches()
 	p.g.mu.Unlock()
-	e := &epoch{name: p.Name, path: p, nexus: nexus, since: time.Now(), fenced: make(chan struct{})}
+	e := newEpoch(p.Name)
+	e.path, e.nexus = p, nexus
 	if p.keyed.Swap(false) {
 		e.key = p.Key
 	}

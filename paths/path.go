@@ -75,7 +75,6 @@ type Path struct {
 	saysPower    bool           // its unit says at every login that it lost its power: it means nothing
 	nexus        string         // of the last session, see nexusOf
 	via          map[*Path]bool // whose portal can end this path's session: tried, and the answer
-	stopVia      func()         // ends fencing through other portals and waits
 	leaving      bool           // the target asked for a logout: no new I/O
 	restUntil    time.Time      // no login before, see rest
 	restFirmly   bool           // whatever the other paths do
@@ -89,6 +88,7 @@ type Path struct {
 	seen         bool          // was up once
 	cutShort     int           // sessions in a row that the target ended soon, see noteEnd
 	opened       time.Time     // the last login
+	silent       bool          // its session died of silence or the like, or its login was not answered, and none since
 	serial       string
 	blocks       uint64 // capacity as last seen through this path
 	portGroup    int
@@ -222,7 +222,7 @@ func (p *Path) onState(st initiator.State, cause error) {
 				p.noteFailure()
 				p.g.log.Warn("path failed", "path", p.Name, "cause", cause)
 			}
-			p.up, p.suspect = false, false
+			p.up, p.suspect, p.silent = false, false, !initiator.ClosedByTarget(cause)
 			p.checkState = checker.Down
 			if !p.failedByHand {
 				p.lastError = cause.Error()

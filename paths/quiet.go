@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mpathd/mpathd/initiator"
@@ -41,6 +43,7 @@ const (
 	quietTime   = 5 * time.Second // for what is under way, before a reset goes ahead all the same
 	quietReturn = 5 * time.Second // for a path to come back after a reset
 	quietPoll   = 2 * time.Millisecond
+	turnLogin   = 2 * time.Second // of a fence's turn, for a login: istgt takes one
 )
 
 // of is what is known of a target. Caller holds mu.
@@ -105,31 +108,98 @@ func (p *Path) blame(cause error) {
 	}
 }
 
-// fenceTurn lets one fence at a time log in to a target whose reset ends sessions,
-// and reset it: they would end each other's. Other targets need no turns.
-func (g *Group) fenceTurn(ctx context.Context, target string) (release func(), err error) {
-	if !g.targets.endsSessions(target) {
-		return func() {}, nil
-	}
-	g.targets.mu.Lock()
-	turn := g.targets.of(target).turn
-	g.targets.mu.Unlock()
-	select {
-	case turn <- struct{}{}:
-		return func() { <-turn }, nil
-	case <-ctx.Done():
-		return nil, fmt.Errorf("another fence through this target does not end: %w", ctx.Err())
+// turn is held by the one fence that may log in to a target whose reset ends
+// sessions, and reset it. nil is none.
+type turn struct {
+	of   chan struct{}
+	over atomic.Bool
+}
+
+func (t *turn) taken() bool { return t != nil && !t.over.Load() }
+
+// end may be called more than once.
+func (t *turn) end() {
+	if t != nil && !t.over.Swap(true) {
+		<-t.of
 	}
 }
 
-// awaitFences lets a fence of such a target be over before another login: with
-// the same identity, that would end the fence's session.
-func (g *Group) awaitFences(ctx context.Context, target string) error {
-	release, err := g.fenceTurn(ctx, target)
-	if err == nil {
-		release()
+// fenceTurn waits for the turn of a fence: without turns they would end each
+// other's sessions. Other targets need none.
+func (g *Group) fenceTurn(ctx context.Context, target string) (*turn, error) {
+	if !g.targets.endsSessions(target) {
+		return nil, ctx.Err()
 	}
-	return err
+	g.targets.mu.Lock()
+	t := &turn{of: g.targets.of(target).turn}
+	g.targets.mu.Unlock()
+	err := ctx.Err()
+	select {
+	case t.of <- struct{}{}:
+		if err = ctx.Err(); err == nil {
+			return t, nil
+		}
+		t.end()
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	return nil, fmt.Errorf("another fence through this target does not end: %w", err)
+}
+
+// loginTurn waits for the turn of a login that ends an old session to be fenced.
+// Other portals have the first try, for this one may be the hung one. Logins with
+// nothing to fence only let a fence be over: they gain nothing in a target that
+// answers nobody meanwhile. Nor have those through a silent portal a turn.
+func (p *Path) loginTurn(ctx context.Context) (*turn, error) {
+	if !p.g.targets.endsSessions(p.Target) {
+		return nil, ctx.Err()
+	}
+	ways := p.g.alive(p.ways())
+	if len(ways) > 0 {
+		first, stop := context.WithTimeout(ctx, quietTime)
+		defer stop()
+		for _, e := range p.g.ledger.of(p.Name) {
+			select {
+			case <-e.fenced:
+			case <-e.tried:
+			case <-first.Done():
+			}
+		}
+	}
+	t, err := p.g.fenceTurn(ctx, p.Target)
+	p.g.mu.Lock()
+	silent := p.silent
+	p.g.mu.Unlock()
+	if len(p.g.ledger.of(p.Name)) == 0 || silent && len(ways) > 0 {
+		t.end()
+	}
+	return t, err
+}
+
+// alive are the ways whose portals are not known to be silent, or all.
+func (g *Group) alive(ways []fenceWay) []fenceWay {
+	silent := map[string]bool{}
+	g.mu.Lock()
+	for _, q := range g.paths {
+		silent[q.Portal] = silent[q.Portal] || q.silent
+	}
+	g.mu.Unlock()
+	alive := slices.DeleteFunc(slices.Clone(ways), func(w fenceWay) bool { return silent[w.portal] })
+	if len(alive) == 0 {
+		return ways
+	}
+	return alive
+}
+
+// setSilent takes note of whether a portal answers logins.
+func (g *Group) setSilent(portal string, silent bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, q := range g.paths {
+		if q.Portal == portal {
+			q.silent = silent
+		}
+	}
 }
 
 // resetUnit sends LOGICAL UNIT RESET and awaits it.

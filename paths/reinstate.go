@@ -28,8 +28,8 @@ type resetter interface {
 
 // fenceWay is a login that ends the old session of a path.
 type fenceWay struct {
-	name string
-	open func(ctx context.Context) (Session, error)
+	name, portal string
+	open         func(ctx context.Context) (Session, error)
 }
 
 // login logs in where the path leads.
@@ -52,7 +52,7 @@ func (p *Path) ways() (out []fenceWay) {
 	defer p.g.mu.Unlock()
 	for q, ok := range p.via {
 		if ok {
-			out = append(out, fenceWay{q.Name, func(ctx context.Context) (Session, error) { return p.loginAt(ctx, q.Portal) }})
+			out = append(out, fenceWay{q.Name, q.Portal, func(ctx context.Context) (Session, error) { return p.loginAt(ctx, q.Portal) }})
 		}
 	}
 	return out
@@ -84,6 +84,7 @@ func (g *Group) startVia(e *epoch, lun [8]byte, ways []fenceWay) {
 	go func() {
 		defer g.routines.Done()
 		defer close(done)
+		defer e.askedAll()
 		defer cancel()
 		defer context.AfterFunc(stopContext{g.stop}, cancel)()
 		if e.key != 0 && g.cfg().FenceBy == ByPreempt && g.fencePreempt(ctx, e, len(ways) > 0) {
@@ -109,27 +110,39 @@ func (p *Path) endVia() {
 	}
 }
 
-// fenceVia tries all ways in parallel until one of them fenced e.
+// fenceVia tries all ways until one of them fenced e: in parallel, or where a
+// login or a reset ends the sessions of others one after the other.
 func (g *Group) fenceVia(ctx context.Context, e *epoch, lun [8]byte, ways []fenceWay) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	try := func(opening context.Context, opened func(), w fenceWay, t *turn) {
+		err := g.fenceThrough(ctx, opening, opened, e, lun, w, t)
+		if err == nil || errors.Is(err, errUnproven) { // then the operator's command or the quarantine decides
+			cancel()
+		}
+		if err != nil && ctx.Err() == nil && opening.Err() != context.Canceled {
+			g.log.Warn("fence attempt failed", "path", e.name, "through", w.name, "cause", err)
+		}
+	}
 	backoff := fenceBackoff
 	for ctx.Err() == nil {
-		var wg sync.WaitGroup
-		opening, opened := context.WithCancel(ctx)
-		for _, w := range ways {
-			wg.Go(func() {
-				err := g.fenceThrough(ctx, opening, opened, e, lun, w)
-				if err == nil || errors.Is(err, errUnproven) { // then the operator's command or the quarantine decides
-					cancel()
-				}
-				if err != nil && ctx.Err() == nil && !errors.Is(err, context.Canceled) {
-					g.log.Warn("fence attempt failed", "path", e.name, "through", w.name, "cause", err)
-				}
-			})
+		if t, err := g.fenceTurn(ctx, g.targetOf(e)); t != nil {
+			for _, w := range g.alive(ways) {
+				opening, opened := context.WithTimeout(ctx, turnLogin)
+				try(opening, opened, w, t)
+				opened()
+			}
+			t.end()
+		} else if err == nil {
+			var wg sync.WaitGroup
+			opening, opened := context.WithCancel(ctx)
+			for _, w := range ways {
+				wg.Go(func() { try(opening, opened, w, nil) })
+			}
+			wg.Wait()
+			opened()
 		}
-		wg.Wait()
-		opened()
+		e.askedAll()
 		select {
 		case <-e.fenced:
 			return
@@ -143,26 +156,29 @@ func (g *Group) fenceVia(ctx context.Context, e *epoch, lun [8]byte, ways []fenc
 
 // fenceThrough fences e through one portal: five round trips, those of the
 // connection and of two login stages included. opening is for logins, opened
-// ends the others'.
-func (g *Group) fenceThrough(ctx, opening context.Context, opened func(), e *epoch, lun [8]byte, w fenceWay) error {
-	target := g.targetOf(e)
-	if err := g.awaitFences(ctx, target); err != nil {
-		return err
+// ends the others'. Where fences take turns the login is part of t: one that the
+// target answers after a reset would end the session that waits for that.
+func (g *Group) fenceThrough(ctx, opening context.Context, opened func(), e *epoch, lun [8]byte, w fenceWay, t *turn) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
 	}
 	began := time.Now()
 	s, err := w.open(opening)
 	if err != nil {
+		if ctx.Err() == nil && opening.Err() == context.DeadlineExceeded {
+			g.setSilent(w.portal, true)
+		}
 		return err
 	}
+	g.setSilent(w.portal, false)
 	login := time.Since(began)
-	if g.targets.endsSessions(target) {
+	if target := g.targetOf(e); !t.taken() && g.targets.endsSessions(target) { // as was learned meanwhile
 		opened() // a second login with this identity would end the first one
-		release, err := g.fenceTurn(ctx, target)
-		if err != nil {
+		if t, err = g.fenceTurn(ctx, target); err != nil {
 			s.Abort(err)
 			return err
 		}
-		defer release()
+		defer t.end()
 	}
 	g.hearFence(s, e, lun)
 	if err = g.sameUnit(ctx, s, lun); err == nil {
@@ -244,15 +260,17 @@ func (g *Group) sameUnit(ctx context.Context, s Session, lun [8]byte) error {
 	return err
 }
 
-// fenceOwn ends the path's epochs on its own new session, before it serves.
-func (p *Path) fenceOwn(ctx context.Context, s Session) error {
+// fenceOwn ends the path's epochs on its own new session, before it serves. t is
+// the turn that the login had, which ends here.
+func (p *Path) fenceOwn(ctx context.Context, s Session, t *turn) (err error) {
 	for _, e := range p.g.ledger.of(p.Name) {
-		release, err := p.g.fenceTurn(ctx, p.Target)
-		if err != nil {
-			return err
+		if !t.taken() {
+			if t, err = p.g.fenceTurn(ctx, p.Target); err != nil {
+				return err
+			}
 		}
 		err = p.g.drainUnit(ctx, s, e, p.LUN, p.trustFor(e), fenceSteps{through: p.Name})
-		release()
+		t.end()
 		if errors.Is(err, errUnproven) {
 			p.g.log.Warn("path waits: its old session is not proven to be over", "path", p.Name, "cause", err)
 			select {
@@ -266,5 +284,6 @@ func (p *Path) fenceOwn(ctx context.Context, s Session) error {
 			return err
 		}
 	}
+	t.end()
 	return nil
 }

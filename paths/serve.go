@@ -99,11 +99,15 @@ func (p *Path) serve() (time.Duration, error) {
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
 	p.set(func() { p.leaving = false })
-	err := p.g.awaitFences(ctx, p.Target)
+	t, err := p.loginTurn(ctx)
 	if err != nil {
 		return 0, err
 	}
+	defer t.end()
+	hung := time.AfterFunc(turnLogin, t.end)
 	s, err := p.login(ctx)
+	hung.Stop()
+	p.g.setSilent(p.Portal, initiator.Unanswered(err))
 	if err != nil {
 		p.events.refused.Add(1)
 		return 0, err
@@ -121,6 +125,7 @@ func (p *Path) serve() (time.Duration, error) {
 	p.g.mu.Unlock()
 	tested := func() {}
 	if untested {
+		t.end() // a path that is tested may wait for one too
 		// One path at a time, until it serves: each then finds those before it.
 		select {
 		case p.g.testing <- struct{}{}:
@@ -149,7 +154,8 @@ func (p *Path) serve() (time.Duration, error) {
 	info, err := p.identify(ctx, s)
 	if err == nil {
 		p.foreign.Store(false)
-		if err = p.fenceOwn(ctx, s); err == nil {
+		err = p.fenceOwn(ctx, s, t)
+		if err == nil {
 			state, err = p.prove(ctx, s, info)
 		}
 	}
