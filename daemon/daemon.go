@@ -401,7 +401,7 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 		d.log.Warn("the run before ended without fencing this path: writes wait until that is done", "path", name, "through", r.Portals)
 		cfg.Unfenced = append(cfg.Unfenced, un)
 	}
-	cfg.Classes, cfg.Targets = d.risk.classes(), d.targets
+	cfg.Classes, cfg.Tested, cfg.Targets = d.risk.classes(), d.risk.before[wwid], d.targets
 	cfg.OnClass = func(target string, c paths.Trust) {
 		if err := d.risk.setClass(target, c); err != nil {
 			d.log.Error("state file not written: what the self-test found is known to this run only", "file", d.o.State, "target", target, "cause", err)
@@ -473,12 +473,20 @@ func (d *Daemon) stop(ctx context.Context, detach bool) error {
 	drain, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	err := d.server.Shutdown(drain)
+	tested := map[string]map[string]paths.Tested{}
+	for _, m := range maps {
+		tested[m.group.Info().WWID] = m.group.Tested()
+	}
+	d.risk.leave(tested)
 	var wg sync.WaitGroup
 	for _, m := range maps {
 		wg.Add(1)
 		go func() { defer wg.Done(); m.group.Close(ctx) }()
 	}
 	wg.Wait()
+	if err := d.risk.flush(); err != nil {
+		d.log.Error("state file not written: the next run tests its paths anew", "file", d.o.State, "cause", err)
+	}
 	if err := kernel.Settle(ctx); err != nil {
 		d.log.Error("stop", "cause", err)
 	}

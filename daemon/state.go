@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/mpathd/mpathd/internal/sys"
 	"github.com/mpathd/mpathd/paths"
@@ -17,12 +18,14 @@ import (
 
 // riskFile remembers which paths may have writes under way, so that the run
 // after a crash ends their sessions before it writes anything. It changes when
-// a path begins or ceases to serve, never for an I/O; a clean stop leaves it
-// empty.
+// a path begins or ceases to serve, never for an I/O; a clean stop leaves no
+// path in it.
 type riskFile struct {
 	path string
 	mu   sync.Mutex
 	data riskData
+
+	before map[string]map[string]paths.Tested // what the run before left; never changes
 
 	// Many paths come up at once: one write serves all that wait for it.
 	next    *riskWrite // includes every change so far; nil: there was none since the last began
@@ -42,7 +45,18 @@ type riskData struct {
 	Maps    map[string]map[string]riskPath `json:"maps"`              // WWID, path name
 	Targets map[string]paths.Trust         `json:"targets,omitempty"` // what the self-test found, by target name
 	Lost    map[string]bool                `json:"lost,omitempty"`    // WWIDs: acknowledged writes are lost, and no flush has failed for it yet
+	Left    *left                          `json:"left,omitempty"`    // by a run that stopped by itself, for the one that goes on
 }
+
+// left is what a run knew of its paths when it stopped. One that starts soon
+// after goes on where it was, instead of testing the paths anew while I/O waits.
+type left struct {
+	At     time.Time                          `json:"at"`
+	Tested map[string]map[string]paths.Tested `json:"tested"` // WWID, path name
+}
+
+// leftFor is how long what a run left holds: as long as an upgrade takes.
+const leftFor = time.Minute
 
 type riskPath struct {
 	URL     string   `json:"url"` // without secrets
@@ -75,7 +89,28 @@ func openRiskFile(path string) (*riskFile, error) {
 	if r.data.Maps == nil {
 		r.data.Maps = map[string]map[string]riskPath{}
 	}
+	if l := r.data.Left; l != nil { // good once
+		if age := time.Since(l.At); age >= 0 && age < leftFor {
+			r.before = l.Tested
+		}
+		r.data.Left = nil
+	}
 	return r, nil
+}
+
+// leave remembers what the self-tests of a run that stops found, by WWID and path
+// name. The next write of the file, or flush, makes it durable.
+func (r *riskFile) leave(tested map[string]map[string]paths.Tested) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.data.Left = &left{time.Now(), tested}
+	r.changes++
+}
+
+// flush writes what is not written yet.
+func (r *riskFile) flush() error {
+	r.mu.Lock()
+	return r.save()
 }
 
 // of are the paths of a map that are at risk.

@@ -1,11 +1,13 @@
 package daemon
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -36,6 +38,53 @@ func TestStateOutlivesTheRun(t *testing.T) {
 	require.NoError(t, err)
 	require.False(t, r.lost("36"))
 	require.Len(t, r.classes(), 2)
+}
+
+func TestStateOfARunIsGoodForTheNextOneIfItIsSoon(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "unfenced.json")
+	r, err := openRiskFile(name)
+	require.NoError(t, err)
+	found := map[string]map[string]paths.Tested{"36": {"a": {Target: "iqn.t", Nexus: "group 1", Trust: paths.Reinstates, Ends: map[string]bool{"b": true}}}}
+	r.leave(found)
+	require.NoError(t, r.flush())
+	require.Nil(t, r.before)
+	r, err = openRiskFile(name)
+	require.NoError(t, err)
+	require.Equal(t, found, r.before)
+	require.NoError(t, r.set("36", "a", true, riskPath{URL: "u"}))
+	r, err = openRiskFile(name) // after a crash of the next one
+	require.NoError(t, err)
+	require.Nil(t, r.before)
+	for _, ago := range []time.Duration{leftFor + time.Second, -time.Hour} { // too long ago; a clock that was set
+		r.leave(found)
+		r.data.Left.At = time.Now().Add(-ago)
+		require.NoError(t, r.flush())
+		r, err = openRiskFile(name)
+		require.NoError(t, err)
+		require.Nil(t, r.before)
+	}
+}
+
+func TestTheNextRunLogsInOnceOnAPathThatTheOneBeforeTested(t *testing.T) {
+	srv, ps := disk(t, "a", 2)
+	logins := func(state string, end func(*Daemon, context.Context) error) int {
+		before := srv.Stats().Logins
+		d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, State: state})
+		await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 })
+		n := int(srv.Stats().Logins - before)
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		require.NoError(t, end(d, ctx))
+		return n
+	}
+	state := filepath.Join(t.TempDir(), "unfenced.json")
+	first := logins(state, (*Daemon).Leave)
+	require.Greater(t, first, 6)
+	for _, end := range []func(*Daemon, context.Context) error{(*Daemon).Leave, (*Daemon).Stop} {
+		require.Equal(t, 4, logins(state, end), "each path: to see which disk it leads to, and to serve")
+	}
+	require.NoError(t, os.Remove(state))
+	require.Equal(t, first, logins(state, (*Daemon).Leave))
 }
 
 func TestStateOfManyPathsTakesFewWrites(t *testing.T) {

@@ -71,8 +71,9 @@ type Config struct {
 	// OnClass is told what the self-test of this one finds.
 	Classes    map[string]Trust
 	OnClass    func(target string, c Trust)
-	AutoResize string   // GrowOnly (default), Never or GrowAndCut
-	Targets    *Targets // shared by the maps of a process; nil: the map's own
+	Tested     map[string]Tested // of a run that this one goes on for, see Group.Tested
+	AutoResize string            // GrowOnly (default), Never or GrowAndCut
+	Targets    *Targets          // shared by the maps of a process; nil: the map's own
 	// OnLUNs is told that the LUNs of a target may have changed.
 	OnLUNs func(portal, target string)
 	// OnResize is told the new size in bytes, and the first one of a map that

@@ -61,6 +61,7 @@ type Group struct {
 	preempts        atomic.Bool   // and PREEMPT AND ABORT was seen to work
 	unreserved      atomic.Bool   // reservations are not ours to use
 	testing         chan struct{} // held by the path whose session is under self-test
+	taking          atomic.Int32  // paths on their way to serve that took a test of the run before
 	routines        sync.WaitGroup
 
 	mu            sync.Mutex

@@ -35,7 +35,7 @@ func (p *Path) moved(s Session) bool {
 	p.nexus = now
 	moved := was != "" && now != was
 	if moved {
-		p.trust = Untested
+		p.trust, p.taken = Untested, false
 		clear(p.via)
 		for _, q := range p.g.paths {
 			delete(q.via, p)

@@ -44,7 +44,7 @@ func (g *Group) Reconfigure(c Config) error {
 	c.Alias, c.WWID, c.Merge, c.QueueDepth, c.Logger = old.Alias, old.WWID, old.Merge, old.QueueDepth, old.Logger
 	c.OnRisk, c.OnResize, c.OnLUNs, c.OnClass, c.OnLoss = old.OnRisk, old.OnResize, old.OnLUNs, old.OnClass, old.OnLoss
 	c.Targets, c.LeaveOut, c.Jitter = old.Targets, old.LeaveOut, old.Jitter
-	c.Unfenced, c.Classes = nil, old.Classes
+	c.Unfenced, c.Classes, c.Tested = nil, old.Classes, old.Tested
 	pol, err := newPolicy(c, g.lu())
 	if err != nil {
 		return err

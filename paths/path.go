@@ -72,6 +72,7 @@ type Path struct {
 	checkState   checker.State
 	lastError    string
 	trust        Trust
+	taken        bool           // trust is the finding of the run before, see takeTest
 	saysPower    bool           // its unit says at every login that it lost its power: it means nothing
 	nexus        string         // of the last session, see nexusOf
 	via          map[*Path]bool // whose portal can end this path's session: tried, and the answer

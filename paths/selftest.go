@@ -3,6 +3,7 @@ package paths
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -78,30 +79,132 @@ func (p *Path) selfTest(ctx context.Context, s Session) (Session, error) {
 			break
 		}
 	}
-	switch {
-	case trust == Reinstates && p.g.cfg().Waits:
-		trust = Waits
-	case trust == Reinstates && p.g.targets.endsSessions(p.Target):
-		trust = Drops // a test would be a reset: it is not made for curiosity
-	}
+	trust = p.class(trust != Untrusted)
 	if saysPower {
 		p.retractLoss()
 	}
 	p.set(func() {
-		p.trust, p.nexus = trust, nexusOf(s)
+		p.trust, p.nexus, p.taken = trust, nexusOf(s), false
 		for q := range p.via {
 			if trust == Untrusted && p.via[q] { // what ended a session there was something else
 				p.via[q], q.via[p] = false, false
 			}
 		}
 	})
-	if before := p.g.cfg().Classes[p.Target]; before != "" && before != trust {
-		p.g.log.Warn("the target is of another class than it was", "path", p.Name, "target", p.Target, "was", before, "is", trust)
+	p.announceClass(trust)
+	return s, nil
+}
+
+// class is that of a target which ends old sessions, or does not.
+func (p *Path) class(ends bool) Trust {
+	switch {
+	case !ends:
+		return Untrusted
+	case p.g.cfg().Waits:
+		return Waits
+	case p.g.targets.endsSessions(p.Target):
+		return Drops // a test would be a reset: it is not made for curiosity
+	}
+	return Reinstates
+}
+
+func (p *Path) announceClass(c Trust) {
+	if before := p.g.cfg().Classes[p.Target]; before != "" && before != c {
+		p.g.log.Warn("the target is of another class than it was", "path", p.Name, "target", p.Target, "was", before, "is", c)
 	}
 	if f := p.g.cfg().OnClass; f != nil {
-		f(p.Target, trust)
+		f(p.Target, c)
 	}
-	return s, nil
+}
+
+// Tested is what the self-test found about a path.
+type Tested struct {
+	Target    string          `json:"target"`
+	Nexus     string          `json:"nexus"` // see nexusOf
+	Trust     Trust           `json:"trust"`
+	SaysPower bool            `json:"says_power,omitempty"` // its unit says at every login that it lost its power
+	Ends      map[string]bool `json:"ends,omitempty"`       // whether a login at that path's portal ends this one's session
+}
+
+// Tested is what the self-test found about each path that passed through it, by
+// name: Config.Tested of a run that goes on where this one stops.
+func (g *Group) Tested() map[string]Tested {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	out := map[string]Tested{}
+	for _, p := range g.paths {
+		if p.trust == Untested || p.nexus == "" {
+			continue
+		}
+		t := Tested{p.Target, p.nexus, p.trust, p.saysPower, map[string]bool{}}
+		for q, ends := range p.via {
+			t.Ends[q.Name] = ends
+		}
+		out[p.Name] = t
+	}
+	return out
+}
+
+// testedFor is how long after its beginning a run believes the one before it.
+const testedFor = time.Minute
+
+// takeTest takes what the run before found about the path in place of a test of its
+// own, if s has led to the same nexus and nothing else is to be found out: paths
+// that are up and that it did not know, or one that is being tested. done must be
+// called when the path serves, or does not: a test waits for that.
+func (p *Path) takeTest(s Session) (done func(), ok bool) {
+	g := p.g
+	known := g.cfg().Tested
+	t, ok := known[p.Name]
+	if !ok || time.Since(g.begun) > testedFor || t.Target != p.Target || t.Nexus == "" || t.Nexus != nexusOf(s) || t.Trust == Untested || len(g.ledger.of(p.Name)) > 0 {
+		return nil, false
+	}
+	select {
+	case g.testing <- struct{}{}:
+		defer func() { <-g.testing }()
+	default:
+		return nil, false
+	}
+	for _, q := range p.siblings() {
+		if _, ok := t.Ends[q.Name]; !ok {
+			return nil, false
+		}
+	}
+	c := p.class(t.Trust != Untrusted)
+	if t.SaysPower {
+		p.retractLoss()
+	}
+	g.taking.Add(1)
+	p.set(func() {
+		p.trust, p.taken = c, true
+		for _, q := range g.paths {
+			ends, ok := t.Ends[q.Name]
+			if ok && q.taken && q.Target == p.Target && q.Portal != p.Portal {
+				p.via[q], q.via[p] = ends, known[q.Name].Ends[p.Name]
+			}
+		}
+	})
+	p.announceClass(c)
+	return sync.OnceFunc(func() { g.taking.Add(-1) }), true
+}
+
+// testTurn waits until no other path is tested and those of takeTest are up: each test
+// then finds the paths before it.
+func (g *Group) testTurn(ctx context.Context) (done func(), err error) {
+	select {
+	case g.testing <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	for g.taking.Load() > 0 {
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			<-g.testing
+			return nil, ctx.Err()
+		}
+	}
+	return sync.OnceFunc(func() { <-g.testing }), nil
 }
 
 var errSpoilt = errors.New("fence self-test: the session was lost to something else than the second login")

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/mpathd/mpathd/checker"
@@ -126,18 +125,19 @@ func (p *Path) serve() (time.Duration, error) {
 	tested := func() {}
 	if untested {
 		t.end() // a path that is tested may wait for one too
-		// One path at a time, until it serves: each then finds those before it.
-		select {
-		case p.g.testing <- struct{}{}:
-			tested = sync.OnceFunc(func() { <-p.g.testing })
-			defer tested()
-		case <-ctx.Done():
-			s.Abort(ctx.Err())
-			<-s.Done()
-			return 0, ctx.Err()
+		taken := false
+		if tested, taken = p.takeTest(s); !taken {
+			if tested, err = p.g.testTurn(ctx); err != nil {
+				s.Abort(err)
+				<-s.Done()
+				return 0, err
+			}
 		}
-		if s, err = p.selfTest(ctx, s); err != nil {
-			return 0, err
+		defer tested()
+		if !taken {
+			if s, err = p.selfTest(ctx, s); err != nil {
+				return 0, err
+			}
 		}
 	}
 	defer func() {
