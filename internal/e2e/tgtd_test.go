@@ -43,8 +43,19 @@ func (d *tgtd) adm(args ...string) {
 
 func (d *tgtd) start() {
 	d.t.Helper()
+	log, err := os.CreateTemp(d.t.TempDir(), "tgtd")
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	defer log.Close()
+	d.t.Cleanup(func() {
+		if said, _ := os.ReadFile(log.Name()); d.t.Failed() {
+			d.t.Logf("tgtd at port %d says:\n%s", d.port, said)
+		}
+	})
 	d.cmd = exec.Command("tgtd", "-f", "-C", fmt.Sprint(d.control), "--iscsi", fmt.Sprintf("portal=127.0.0.1:%d", d.port))
 	d.cmd.Env = append(os.Environ(), d.env...)
+	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // tgtd does not hear SIGTERM
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)
@@ -57,6 +68,11 @@ func (d *tgtd) start() {
 			d.t.Fatal("tgtd does not come up")
 		}
 	}
+	c, err := net.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", d.port))
+	if err != nil {
+		d.t.Fatalf("tgtd does not listen: %v", err)
+	}
+	c.Close()
 	d.adm("--op", "new", "--mode", "target", "--tid", "1", "-T", d.iqn)
 	lu := []string{"--op", "new", "--mode", "logicalunit", "--tid", "1", "--lun", "1", "-b", d.image}
 	if d.block != 0 {
