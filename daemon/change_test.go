@@ -428,6 +428,7 @@ func TestMapsEndWithTheirLastTarget(t *testing.T) {
 	kind, addr, _ := strings.Cut(d.o.NBD, ":")
 	c, err := client.Dial(kind, addr, "m")
 	require.NoError(t, err)
+	await(t, d, "the client is counted", func(m paths.MapStatus) bool { return m.NBD.Connections == 1 })
 	inUse = ""
 	require.NoError(t, d.Reconfigure())
 	says(t, l, "map stays without a path", "an NBD client uses it")
