@@ -24,7 +24,7 @@ func TestBytesThatTrickleAreSignsOfLife(t *testing.T) {
 		size     int
 		failover time.Duration
 		times    time.Duration // at least so many FailoverTime
-	}{"one Data-In": {initiator.DataIn, 3072, 500 * time.Millisecond, 6}, "a write on R2T": {initiator.DataOut, 3072, 3 * time.Second, 1}} {
+	}{"one Data-In": {initiator.DataIn, 2560, 500 * time.Millisecond, 6}, "a write on R2T": {initiator.DataOut, 3072, 3 * time.Second, 1}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			lu, err := target.NewLU(1<<20, 512, target.DefaultIdentity("trickle"))
@@ -46,7 +46,7 @@ func TestBytesThatTrickleAreSignsOfLife(t *testing.T) {
 			if c.dir == initiator.DataIn {
 				lu.WriteAt(data, 0)
 			}
-			proxy.Trickle(100 * time.Microsecond) // a timer takes a millisecond and more
+			proxy.Trickle(1500 * time.Microsecond) // a byte: at least 3.8 s
 			cmd := &initiator.Command{Dir: c.dir, Data: make([]byte, len(data))}
 			if c.dir == initiator.DataIn {
 				scsi.Read(&cmd.CDB, 0, uint32(len(data)/512), true)
