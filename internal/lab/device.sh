@@ -58,6 +58,16 @@ echo 1 > /proc/sys/vm/drop_caches
 [ "$(md5sum < /run/mnt/file)" = "$SUM" ] && sync || finish 1 "the file after a crash loop"
 say "a crash loop is survived"
 
+# A second daemon of the same disk leaves the device to the first.
+$MPATHD run --control /run/m/c2.sock --nbd unix:/run/m/n2.sock --state /run/m/s2 --alias second --initiator iqn.2026-11.example:second --attach /dev/nbd1 $URLS > /run/second.log 2>&1 & SECOND=$!
+until_true grep -q "adopt /dev/nbd0: process $PID serves it" /run/second.log || { cat /run/second.log; finish 1 "a second daemon of the disk is not refused"; }
+grep -q 'taken over' /run/second.log && finish 1 "a second daemon took the device of the first"
+dd if=/run/mnt/file of=/dev/nbd0p2 bs=1M oflag=direct 2>/dev/null && two || finish 1 "the first daemon was disturbed"
+kill -TERM $SECOND; wait $SECOND || finish 1 "the second daemon did not stop cleanly"
+[ "$(md5sum < /run/mnt/file)" = "$SUM" ] && [ "$(readlink /dev/mpath/lab)" = /dev/nbd0 ] || finish 1 "the device after a second daemon"
+grep -q 'the kernel gave up a connection' /run/mpathd.log && finish 1 "the first daemon lost the device"
+say "a second daemon is refused"
+
 # The configuration changed while no daemon ran: another alias, a path less.
 kill -KILL $PID; wait $PID 2>/dev/null
 ALL=$URLS URLS=${URLS% *}

@@ -74,6 +74,7 @@ func (o *Options) defaults() {
 type Device struct {
 	index   int
 	backend string
+	lock    *deviceLock // nil for a device that this process does not serve
 }
 
 // MaxConnections bounds the connections of a device: each is a hardware queue of
@@ -135,6 +136,9 @@ func Connect(o Options) (*Device, error) {
 		k.abandon()
 		return nil, err
 	}
+	if d.lock, err = lock(lockDir, d.index, 0); err != nil {
+		o.Logger.Warn("the device is not locked: a second mpathd of this disk would not notice", "device", d.Path(), "cause", err)
+	}
 	k.is(d)
 	return d, nil
 }
@@ -167,7 +171,7 @@ func connect(c *genetlink.Conn, fam genetlink.Family, o Options, index int, kern
 	if index < 0 {
 		return nil, errors.New("attach: the kernel did not name the device")
 	}
-	d := &Device{index, o.Backend}
+	d := &Device{index: index, backend: o.Backend}
 	if err = tooOld("/", index, o.Backend); err == nil {
 		err = d.tune(len(kernel))
 	}
@@ -273,7 +277,8 @@ func Find(backend string) string {
 
 // Adopt goes on with a device that Find found. The sockets that the run before
 // handed over are served as they are; the device's other connections are replaced,
-// and what waits in the kernel goes on. Size and block size stay; see Resize.
+// and what waits in the kernel goes on. Size and block size stay; see Resize. A
+// device that another process serves, and did not hand over, is refused.
 func Adopt(o Options, handed ...*os.File) (*Device, error) {
 	o.defaults()
 	defer closeAll(handed)
@@ -283,6 +288,12 @@ func Adopt(o Options, handed ...*os.File) (*Device, error) {
 	}
 	if d.backend != o.Backend {
 		return nil, fmt.Errorf("adopt %s: it is not the device of %s", o.Device, o.Backend)
+	}
+	switch d.lock, err = lock(lockDir, d.index, lockTime); {
+	case errors.Is(err, errServed) && len(handed) == 0:
+		return nil, fmt.Errorf("adopt %s: %w", o.Device, err)
+	case err != nil:
+		o.Logger.Warn("the device is not locked: a second mpathd of this disk would not notice", "device", d.Path(), "cause", err)
 	}
 	k, missing := newKeeper(o), d.Connections()
 	k.is(d)
@@ -300,10 +311,12 @@ func Adopt(o Options, handed ...*os.File) (*Device, error) {
 	}
 	kernel, err := k.open(missing)
 	if err != nil {
+		d.lock.release()
 		return nil, err
 	}
 	defer closeAll(kernel)
 	if err := d.reconnect(o.DeadTimeout, kernel...); err != nil {
+		d.lock.release()
 		k.abandon()
 		return nil, fmt.Errorf("adopt %s: %w", o.Device, err)
 	}
@@ -420,5 +433,6 @@ func (d *Device) Disconnect() error {
 	if _, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdDisconnect, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge); err != nil {
 		return fmt.Errorf("detach %s: %w", d.Path(), err)
 	}
+	d.lock.release()
 	return nil
 }

@@ -142,7 +142,7 @@ func open(root, path string) (*Device, error) {
 	}
 	b, err := os.ReadFile(filepath.Join(at, "backend"))
 	if backend := strings.TrimSpace(string(b)); err == nil && strings.HasPrefix(backend, BackendPrefix) {
-		return &Device{index, backend}, nil
+		return &Device{index: index, backend: backend}, nil
 	}
 	who := holder(root, index)
 	if who == "" {

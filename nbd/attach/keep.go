@@ -45,7 +45,13 @@ func newKeeper(o Options) *keeper {
 func (k *keeper) is(d *Device) {
 	k.device = d.Path()
 	k.reconnect = func(kernel *os.File) error { return d.reconnect(k.o.DeadTimeout, kernel) }
-	k.there = func() bool { return Find(d.backend) == d.Path() }
+	k.there = func() bool {
+		ours := Find(d.backend) == d.Path()
+		if !ours {
+			d.lock.release()
+		}
+		return ours
+	}
 	close(k.known)
 }
 
