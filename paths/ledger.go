@@ -246,14 +246,16 @@ func (g *Group) openEpoch(e *epoch) {
 // published already, so that of two overlapping mutations on two paths one
 // sees the other.
 func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) (held bool, err error) {
-	mode := g.cfg().Protection
-	if mode == Off || r.Route.State&stateRewrite != 0 {
+	l, mode := &g.ledger, g.cfg().Protection
+	if mode == Off && l.shadow.used.Load() == 0 || r.Route.State&stateRewrite != 0 {
 		return false, nil
 	}
-	l := &g.ledger
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	risk, own := l.conflicts(r, lo, hi, mode)
+	risk, own := false, false
+	if mode != Off { // what is in memory has to be on the disk first all the same
+		risk, own = l.conflicts(r, lo, hi, mode)
+	}
 	risk = risk || l.shadow.covers(lo, hi) && l.omit&RuleKept == 0
 	wait := l.shadow.isLocked(lo, hi) && l.omit&RuleLocked == 0
 	for i := range l.held {
@@ -273,7 +275,7 @@ func (g *Group) hold(r *block.Request, a *attempt, lo, hi uint64) (held bool, er
 			return false, nil
 		}
 	}
-	if risk && l.hopeless(lo, hi) {
+	if risk && mode != Off && l.hopeless(lo, hi) {
 		if behind {
 			l.behind.Add(-1)
 		}

@@ -67,7 +67,8 @@ func (g *Group) Reconfigure(c Config) error {
 	g.mu.Unlock()
 	g.restart()
 	if pol.Protection != old.Protection {
-		g.failHeld(nil) // goes on; what the new mode still holds is held again
+		g.failHeld(nil)   // goes on; what the new mode still holds is held again
+		g.rewriteShadow() // Off waits for no fence
 	}
 	g.rankOthers(nil)
 	return nil

@@ -109,7 +109,8 @@ func (l *ledger) readShadow(r *block.Request, size, bs int64) int64 {
 	return size
 }
 
-// rewriteShadow begins to write again what no open epoch can revert any more.
+// rewriteShadow begins to write again what no open epoch can revert any more, or,
+// with the protection switched off, everything.
 func (g *Group) rewriteShadow() {
 	l := &g.ledger
 	l.mu.Lock()
@@ -146,7 +147,7 @@ func (g *Group) routineRewrite() {
 	defer g.routines.Done()
 	for {
 		began := time.Now()
-		runs := g.ledger.lockShadow()
+		runs := g.ledger.lockShadow(g.cfg().Protection == Off)
 		if len(runs) == 0 {
 			return
 		}
@@ -173,13 +174,13 @@ func (g *Group) routineRewrite() {
 	}
 }
 
-// lockShadow finds the runs that no open epoch overlaps and makes mutations of
-// them wait. With none the rewriting is over.
-func (l *ledger) lockShadow() (runs []run) {
+// lockShadow finds the runs that no open epoch overlaps, or all, and makes mutations
+// of them wait. With none the rewriting is over.
+func (l *ledger) lockShadow(all bool) (runs []run) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, b := range slices.Sorted(maps.Keys(l.shadow.blocks)) {
-		if slices.ContainsFunc(l.epochs, func(e *epoch) bool { return e.overlaps(b, b+1) }) {
+		if !all && slices.ContainsFunc(l.epochs, func(e *epoch) bool { return e.overlaps(b, b+1) }) {
 			continue
 		}
 		if n := len(runs); n > 0 && runs[n-1].hi == b {

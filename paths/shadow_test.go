@@ -117,3 +117,42 @@ func TestShadowSendsOverlappingWritesOneAtATime(t *testing.T) {
 		require.Len(t, dn.in, 3)
 	})
 }
+
+// The protection is switched off while blocks are kept in memory: they go to the
+// disk at once, and what is written to them later is neither hidden nor undone.
+func TestWhatWasKeptInMemoryUndoesNoWriteAfterTheProtectionIsSwitchedOff(t *testing.T) {
+	for _, to := range []string{Off, Hold, Strict} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, d, dn := shadowed(t, Config{})
+			defer closeGroup(g)
+			b := doors[1].session()
+			over := writeOf(dn, 2, 2)
+			submit(g, over)
+			endAll(b)
+			require.Equal(t, 1, dn.count(over))
+			c := g.Config()
+			c.Protection = to
+			require.NoError(t, g.Reconfigure(c))
+			last := writeOf(dn, 2, 3)
+			submit(g, last)
+			for range 10 {
+				rest(100 * time.Millisecond)
+				endAll(b)
+			}
+			require.Equal(t, to == Off, dn.count(last) == 1, to)
+			doors[0].set(false)
+			for range 50 {
+				rest(100 * time.Millisecond)
+				all(doors)
+			}
+			require.Equal(t, 1, dn.count(last))
+			read := readOf(dn, 2)
+			submit(g, read)
+			all(doors)
+			require.Equal(t, 1, dn.count(read))
+			require.EqualValues(t, 3, read.Data[0], "a read sees what was overwritten")
+			require.EqualValues(t, 3, d.data[2*fakeBlock], "an acknowledged write was undone")
+			require.Zero(t, g.ledger.shadow.used.Load())
+		})
+	}
+}
