@@ -243,7 +243,8 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 			return nil, fmt.Errorf("%w: map %s: %w", ErrRefused, g.cfg().Alias, err)
 		}
 	}
-	if len(g.paths) == maxPaths {
+	before := *g.everyPath.Load()
+	if len(before) == maxPaths {
 		return nil, fmt.Errorf("%w: map %s has %d paths already", ErrRefused, g.cfg().Alias, maxPaths)
 	}
 	for _, p := range g.paths {
@@ -256,18 +257,29 @@ func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, errServers(g.cfg().Alias, first, pc.Target))
 	}
 	index := 0 // the lowest free one: flushes keep a bit for each
-	for slices.ContainsFunc(g.paths, func(p *Path) bool { return p.index == index }) {
+	for slices.ContainsFunc(before, func(p *Path) bool { return p.index == index }) {
 		index++
 	}
 	p := newPath(g, pc, index)
 	g.paths = append(g.paths, p)
 	slices.SortStableFunc(g.paths, func(a, b *Path) int { return a.Order - b.Order })
-	every := slices.Clone(g.paths)
-	g.everyPath.Store(&every)
+	g.listPaths(nil)
 	g.decideThrough()
 	g.routines.Add(1)
 	go p.routine()
 	return p, nil
+}
+
+// listPaths publishes the paths and those that are being removed: what these have
+// in flight or unflushed counts until they are gone. Caller holds mu.
+func (g *Group) listPaths(gone *Path) {
+	every := slices.Clone(g.paths)
+	for _, p := range *g.everyPath.Load() {
+		if p != gone && !slices.Contains(every, p) {
+			every = append(every, p)
+		}
+	}
+	g.everyPath.Store(&every)
 }
 
 // publish builds and stores a new table from the states of the paths, and

@@ -120,9 +120,13 @@ func (g *Group) removePath(p *Path, left int) bool {
 	g.mu.Unlock()
 	<-p.gone
 	g.mu.Lock()
-	every := slices.Clone(g.paths)
-	g.everyPath.Store(&every)
+	g.listPaths(p)
 	g.mu.Unlock()
+	if p.unflushed() { // it took writes to the last, and then its server did not flush
+		g.log.Error("path removed although its server holds writes that were not flushed: the next flush fails", "path", p.Name)
+		g.loss.lose(now(), g.ledger.omit)
+		g.saveLoss()
+	}
 	g.restart()
 	g.log.Info("path removed", "path", p.Name)
 	return true

@@ -202,21 +202,14 @@ func (p *Path) unregister(ctx context.Context, s Session) error {
 	return err
 }
 
-// leaveReservation is for the end of the map: keys of paths that are not there
-// to take theirs back are preempted, so that the disk is free for others.
+// leaveReservation is for the end of the map, with nothing in flight, which would be
+// refused without the key: keys of paths that are not there to take theirs back
+// are preempted, so that the disk is free for others.
 func (p *Path) leaveReservation(ctx context.Context, s Session) {
 	if !p.keyed.Load() {
 		return
 	}
 	defer p.keyed.Store(false)
-	for p.load.InFlight.Load() > 0 && ctx.Err() == nil { // without the key they would be refused
-		select {
-		case <-s.Done():
-			return
-		case <-ctx.Done():
-		case <-time.After(quietPoll):
-		}
-	}
 	p.g.mu.Lock()
 	closed := p.g.closed
 	p.g.mu.Unlock()

@@ -365,16 +365,38 @@ func (p *Path) check(ctx context.Context, s Session, standby bool) checker.Verdi
 	return v
 }
 
-// goodbye ends the session when the path or its group ends.
+const (
+	goodbyeTime = 3 * time.Second
+	lastAnswers = 2 * time.Second // of that, for what is in flight
+)
+
+// goodbye ends the session when the path or its group ends. Commands in flight come
+// back first: after the logout nobody would fence what they may still write, nor
+// flush what they have written.
 func (p *Path) goodbye(s Session, info *initiator.LUInfo) {
-	// Commands in flight come back first, within the failover time.
-	stop, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	stop, cancel := context.WithTimeout(context.Background(), goodbyeTime)
 	defer cancel()
+	p.awaitAnswers(stop, s)
 	if p.dirty.Load() { // the next run would know nothing of it
 		p.flushCache(stop, s, info)
 	}
 	p.leaveReservation(stop, s)
 	s.Close(stop)
+}
+
+// awaitAnswers waits, for a while, until nothing is in flight on s.
+func (p *Path) awaitAnswers(ctx context.Context, s Session) {
+	ctx, cancel := context.WithTimeout(ctx, lastAnswers)
+	defer cancel()
+	for p.load.InFlight.Load() > 0 {
+		select {
+		case <-s.Done():
+			return
+		case <-ctx.Done():
+			return
+		case <-time.After(quietPoll):
+		}
+	}
 }
 
 // watch runs the checker until the session ends or the group stops.
