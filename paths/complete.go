@@ -299,13 +299,19 @@ func (g *Group) hopeless(r *block.Request, act *Action) bool {
 // retryTime is how long a request may go on with a unit that answers but does
 // not do it; 0 is for ever. It is never shorter than arrays need to move a unit.
 func (g *Group) retryTime() time.Duration {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	n := g.cfg().NoPathRetry
-	if g.forced > 0 || g.forced == 0 && n == Queue {
+	if g.queuesForEver() {
 		return 0
 	}
-	return max(leastRetryTime, time.Duration(n)*g.cfg().PollingInterval)
+	c := g.cfg()
+	return max(leastRetryTime, time.Duration(c.NoPathRetry)*c.PollingInterval)
+}
+
+// queuesForEver tells whether the configuration, or the operator, wants nothing to
+// fail that can wait.
+func (g *Group) queuesForEver() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.forced > 0 || g.forced == 0 && g.cfg().NoPathRetry == Queue
 }
 
 const leastRetryTime = time.Minute

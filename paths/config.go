@@ -112,6 +112,7 @@ type policy struct {
 	checker  checker.Checker
 	prio     prio.Prio
 	selector selector.Selector
+	replaced chan struct{} // closed when another one is in force
 }
 
 func (g *Group) cfg() *policy { return g.policy.Load() }
@@ -138,7 +139,7 @@ func newPolicy(c Config, first *initiator.LUInfo) (*policy, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
 	}
-	return &policy{c, chk, pr, sel}, nil
+	return &policy{c, chk, pr, sel, make(chan struct{})}, nil
 }
 
 // choose takes the default where nothing is chosen, and refuses what there is not.

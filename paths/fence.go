@@ -33,41 +33,57 @@ type FenceRequest struct {
 // over iSCSI is fenceVia's and the path's own next login's (Path.serve).
 func (g *Group) routineFence(e *epoch) {
 	defer g.routines.Done()
-	c := g.cfg()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	defer context.AfterFunc(stopContext{g.stop}, cancel)()
-	var quarantine, command, giveUp <-chan time.Time
-	if c.Quarantine > 0 {
-		quarantine = time.After(c.Quarantine)
-	}
-	if c.FenceCommand != nil {
-		command = time.After(commandAfter)
-	}
-	if c.NoPathRetry != Queue {
-		giveUp = time.After(max(c.FenceWait, time.Duration(c.NoPathRetry)*c.PollingInterval))
-	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel() // before the wait
-	ran := make(chan error, 1)
+	var c *policy
+	var quarantine, command, giveUp <-chan time.Time
+	after := func(d time.Duration) <-chan time.Time { return time.After(time.Until(e.since.Add(d))) }
+	ran, running := make(chan error, 1), false
+	follow := func() { // what the log advises may come with the next configuration
+		c = g.cfg()
+		quarantine, giveUp = nil, nil
+		if c.Quarantine > 0 {
+			quarantine = after(c.Quarantine)
+		}
+		if !running {
+			command = after(commandAfter)
+		}
+		if g.queuesForEver() {
+			g.ledger.hope(e)
+		} else {
+			giveUp = after(max(c.FenceWait, time.Duration(c.NoPathRetry)*c.PollingInterval))
+		}
+	}
+	follow()
 	backoff := commandAfter
-	late := time.After(c.FenceWait)
+	late := after(c.FenceWait)
 	for {
 		select {
 		case <-e.fenced:
 			return
 		case <-g.stop:
 			return
+		case <-c.replaced:
+			follow()
 		case <-quarantine:
 			g.closeEpoch(e, fenceTimed, "quarantine")
 		case <-command:
+			if c.FenceCommand == nil {
+				continue
+			}
+			running = true
+			run, wait := c.FenceCommand, c.FenceWait
 			wg.Go(func() {
-				ctx, cancel := context.WithTimeout(ctx, c.FenceWait)
+				ctx, cancel := context.WithTimeout(ctx, wait)
 				defer cancel()
-				ran <- c.FenceCommand(ctx, g.fenceRequest(e))
+				ran <- run(ctx, g.fenceRequest(e))
 			})
 		case err := <-ran:
+			running = false
 			if err == nil {
 				g.closeEpoch(e, fenceCommand, "command")
 				continue
@@ -96,17 +112,22 @@ func (g *Group) fenceRequest(e *epoch) FenceRequest {
 // despair fails the requests that wait for e, and from now on those that would
 // have to: the map is one that does not queue for ever.
 func (g *Group) despair(e *epoch) {
-	g.mu.Lock()
-	queueing := g.forced > 0
-	g.mu.Unlock()
-	if queueing {
-		return
-	}
 	g.ledger.mu.Lock()
+	before := e.hopeless
 	e.hopeless = true
 	g.ledger.mu.Unlock()
+	if before {
+		return
+	}
 	g.log.Error("old session not fenced in time: writes that overlap what it may still write fail", "path", e.name, "no_path_retry", g.retryText())
 	g.failHeld(nil) // those of e find it hopeless
+}
+
+// hope lets requests wait for e again.
+func (l *ledger) hope(e *epoch) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e.hopeless = false
 }
 
 // targetOf is the target of an epoch's path, empty if that is not configured any more.

@@ -3,6 +3,8 @@ package paths
 import (
 	"context"
 	"errors"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -29,13 +31,22 @@ func ambiguous(t *testing.T, g *Group, doors []*door, dn *done) {
 
 func TestFenceCommandThatFailsRunsAgainUntilItSucceeds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var calls []FenceRequest
+		var mu sync.Mutex
+		var made []FenceRequest
+		calls := func() []FenceRequest {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(made)
+		}
 		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, FenceWait: 20 * time.Second, FenceCommand: func(ctx context.Context, r FenceRequest) error {
-			calls = append(calls, r)
-			if len(calls) == 1 {
+			mu.Lock()
+			made = append(made, r)
+			n := len(made)
+			mu.Unlock()
+			if n == 1 {
 				return errors.New("no")
 			}
-			if len(calls) == 2 { // hangs: only its time ends it
+			if n == 2 { // hangs: only its time ends it
 				<-ctx.Done()
 				return ctx.Err()
 			}
@@ -49,17 +60,17 @@ func TestFenceCommandThatFailsRunsAgainUntilItSucceeds(t *testing.T) {
 		submit(g, over)
 		time.Sleep(25 * time.Second)
 		synctest.Wait()
-		require.Len(t, calls, 2)
+		require.Len(t, calls(), 2)
 		require.Zero(t, dn.count(over))
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		require.Len(t, calls, 3)
-		require.Equal(t, FenceRequest{Map: "m", WWID: g.lu().WWID, Path: "A", Target: "iqn.t"}, calls[2])
+		require.Len(t, calls(), 3)
+		require.Equal(t, FenceRequest{Map: "m", WWID: g.lu().WWID, Path: "A", Target: "iqn.t"}, calls()[2])
 		endAll(doors[1].session())
 		require.EqualValues(t, 2, d.data[fakeBlock])
 		require.EqualValues(t, 1, g.Snapshot().Safety.Fences[fenceCommand])
 		time.Sleep(time.Hour)
-		require.Len(t, calls, 3, "it fences what is fenced")
+		require.Len(t, calls(), 3, "it fences what is fenced")
 	})
 }
 
@@ -184,6 +195,29 @@ func TestWordOfAnUntrustedTargetDoesNotEndTheQuarantine(t *testing.T) {
 			require.Equal(t, 2, st.Paths.Usable)
 		})
 	}
+}
+
+// A quarantine that is taken back does not leave the path waiting for its end.
+func TestPathComesBackWhenTheQuarantineIsTakenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, _ := newGroup(t, Config{NoPathRetry: Queue, Quarantine: time.Hour}, 1, 8)
+		defer closeGroup(g)
+		b := &door{d: doors[0].d, depth: 8}
+		_, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.liar", Order: -1, Open: b.open,
+			OpenAt: func(context.Context, string) (Session, error) { return nil, errDoor }}, g.Info())
+		require.NoError(t, err)
+		rest(5 * time.Second)
+		submit(g, writeOf(newDone(), 1, 1))
+		b.session().Abort(errDoor)
+		rest(time.Minute)
+		require.Equal(t, 1, g.Snapshot().Paths.Usable)
+		c := g.Config()
+		c.Quarantine = 0
+		require.NoError(t, g.Reconfigure(c))
+		rest(time.Minute)
+		require.Equal(t, 2, g.Snapshot().Paths.Usable)
+		require.EqualValues(t, 1, g.Snapshot().Safety.Fences[fenceUnproven])
+	})
 }
 
 // One path of two servers failed and came back: unasked, I/O stays where it is.
@@ -375,6 +409,69 @@ func TestClassOfATargetIsTestedRememberedAndUsed(t *testing.T) {
 			require.Equal(t, map[bool]int64{false: 1, true: 0}[waits], resets.Load())
 			endAll(doors[0].session())
 			require.NoError(t, w.Err)
+		})
+	}
+}
+
+// While an old session is not fenced the log says what to set: that must count for
+// this one, and what is decided later about queueing too.
+func TestFenceFollowsTheConfigurationAndTheOperator(t *testing.T) {
+	none := func(*Group, *Config) {}
+	for _, c := range []struct {
+		name   string
+		retry  int
+		change func(g *Group, c *Config)
+		how    string // it ends so
+		undo   func(g *Group, c *Config)
+		err    error // of a request that is held; one that comes after undo waits
+	}{
+		{"quarantine", Queue, func(_ *Group, c *Config) { c.Quarantine = 20 * time.Second }, fenceTimed, none, nil},
+		{"quarantine that is over", Queue, func(_ *Group, c *Config) { c.Quarantine = time.Second }, fenceTimed, none, nil},
+		{"command", Queue, func(_ *Group, c *Config) {
+			c.FenceCommand = func(context.Context, FenceRequest) error { return nil }
+		}, fenceCommand, none, nil},
+		{"queue", Fail, func(_ *Group, c *Config) { c.NoPathRetry = Queue }, "", none, nil},
+		{"queue by hand", Fail, func(g *Group, _ *Config) { g.SetQueueing(true) }, "", none, nil},
+		{"fail", Queue, func(_ *Group, c *Config) { c.NoPathRetry = Fail }, "", func(_ *Group, c *Config) { c.NoPathRetry = Queue }, block.ErrIO},
+		{"fail by hand", Queue, func(g *Group, _ *Config) { g.SetQueueing(false) }, "", func(g *Group, _ *Config) { g.SetQueueing(true) }, block.ErrIO},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g, doors, _ := newGroup(t, Config{NoPathRetry: c.retry}, 2, 8)
+				defer closeGroup(g)
+				synctest.Wait()
+				dn := newDone()
+				ambiguous(t, g, doors, dn)
+				over := writeOf(dn, 1, 2)
+				submit(g, over)
+				rest(10 * time.Second)
+				apply := func(f func(*Group, *Config)) {
+					conf := g.Config()
+					f(g, &conf)
+					require.NoError(t, g.Reconfigure(conf))
+					synctest.Wait()
+				}
+				apply(c.change)
+				rest(time.Minute)
+				endAll(doors[1].session())
+				require.ErrorIs(t, over.Err, c.err)
+				if c.how != "" {
+					require.EqualValues(t, 1, g.Snapshot().Safety.Fences[c.how])
+					require.Equal(t, 1, dn.count(over))
+					return
+				}
+				require.Equal(t, c.err != nil, dn.count(over) == 1)
+				apply(c.undo)
+				last := writeOf(dn, 1, 3)
+				submit(g, last)
+				rest(time.Minute)
+				require.Zero(t, dn.count(last), last.Err)
+				doors[0].set(false)
+				rest(10 * time.Second)
+				all(doors)
+				require.Equal(t, 1, dn.count(last))
+				require.NoError(t, last.Err)
+			})
 		})
 	}
 }

@@ -18,6 +18,9 @@ func (g *Group) SetQueueing(on bool) {
 		g.forced = 1
 	}
 	hopeless := !on && len(g.table.Load().all) == 0
+	pol := *g.cfg() // the same, but fences have to look again
+	pol.replaced = make(chan struct{})
+	close(g.policy.Swap(&pol).replaced)
 	g.mu.Unlock()
 	g.log.Info(map[bool]string{true: "queueing switched on", false: "queueing switched off"}[on], "cause", "the operator")
 	g.restart()
@@ -58,7 +61,7 @@ func (g *Group) Reconfigure(c Config) error {
 			}
 		}
 	}
-	g.policy.Store(pol)
+	close(g.policy.Swap(pol).replaced)
 	g.forgiveGray()
 	g.hedge()
 	g.maxIO.Store(g.largest(g.lu()))

@@ -269,6 +269,7 @@ func (p *Path) fenceOwn(ctx context.Context, s Session, t *turn) (err error) {
 				return err
 			}
 		}
+		replaced := p.g.cfg().replaced
 		err = p.g.drainUnit(ctx, s, e, p.LUN, p.trustFor(e), fenceSteps{through: p.Name})
 		t.end()
 		if errors.Is(err, errUnproven) {
@@ -276,6 +277,7 @@ func (p *Path) fenceOwn(ctx context.Context, s Session, t *turn) (err error) {
 			select {
 			case <-e.fenced:
 				err = nil
+			case <-replaced: // what it waits for may not come any more
 			case <-s.Done():
 			case <-ctx.Done():
 			}
