@@ -200,6 +200,9 @@ func (p *Path) settle() {
 		p.g.openEpoch(e)
 	}
 	p.passDirt()
+	p.riskMu.Lock()
+	p.risky = false
+	p.riskMu.Unlock()
 	p.g.noRisk(p.Name)
 	var plug block.Plug
 	for _, l := range all {
@@ -391,12 +394,32 @@ func (g *Group) closeEpoch(e *epoch, how, by string, more ...any) bool {
 	return true
 }
 
-// noRisk tells that a path may be forgotten over a crash, if that is so: no old
-// session of it can write, and its server holds nothing that only a flush
-// through this path would reach.
+// risk tells Config.OnRisk that the path is about to take writes, or through which
+// portals it can now be fenced if it does already.
+func (p *Path) risk(begins bool) {
+	p.riskMu.Lock()
+	defer p.riskMu.Unlock()
+	if p.risky = p.risky || begins; p.risky && p.g.cfg().OnRisk != nil {
+		p.g.cfg().OnRisk(p.Name, true, p.portals())
+	}
+}
+
+// noRisk tells that a path may be forgotten over a crash, if that is so: no
+// session of it can write, be it old or one that began meanwhile, and its server
+// holds nothing that only a flush through this path would reach.
 func (g *Group) noRisk(name string) {
-	dirty := func(p *Path) bool { return p.Name == name && p.unflushed() }
-	if g.cfg().OnRisk != nil && len(g.ledger.of(name)) == 0 && !slices.ContainsFunc(*g.everyPath.Load(), dirty) {
+	if g.cfg().OnRisk == nil {
+		return
+	}
+	risk := false
+	for _, p := range *g.everyPath.Load() {
+		if p.Name == name {
+			p.riskMu.Lock()
+			defer p.riskMu.Unlock()
+			risk = risk || p.risky || p.unflushed()
+		}
+	}
+	if !risk && len(g.ledger.of(name)) == 0 {
 		g.cfg().OnRisk(name, false, nil)
 	}
 }

@@ -129,6 +129,7 @@ func (g *Group) removePath(p *Path, left int) bool {
 		g.log.Error("path removed although its server holds writes that were not flushed: the next flush fails", "path", p.Name)
 		g.loss.lose(now(), g.ledger.omit)
 		g.saveLoss()
+		g.noRisk(p.Name)
 	}
 	g.restart()
 	g.log.Info("path removed", "path", p.Name)

@@ -61,6 +61,9 @@ type Path struct {
 	lost  []lost                               // see lose
 	depth depth
 
+	riskMu sync.Mutex // held while Config.OnRisk is told
+	risky  bool       // takes writes, or is about to; guarded by riskMu
+
 	// Guarded by Group.mu.
 	session      Session
 	current      atomic.Pointer[sessionBox] // what attempts use; nil: not serving

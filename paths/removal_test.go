@@ -64,7 +64,8 @@ func (u unflushing) Do(ctx context.Context, c *initiator.Command) error {
 func TestFlushFailsAfterThePathWithTheWritesWasRemoved(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var saved []bool
-		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, OnLoss: func(lost bool) { saved = append(saved, lost) }}, 1, 8)
+		var risks risks
+		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, OnLoss: func(lost bool) { saved = append(saved, lost) }, OnRisk: risks.set}, 1, 8)
 		defer closeGroup(g)
 		x := &door{d: d, depth: 8}
 		_, err := g.AddPath(PathConfig{Name: "X", Target: "iqn.x", Order: -1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
@@ -92,6 +93,7 @@ func TestFlushFailsAfterThePathWithTheWritesWasRemoved(t *testing.T) {
 		require.Equal(t, 1, dn.count(flush))
 		require.ErrorIs(t, flush.Err, block.ErrIO, "a flush that reached another server only")
 		require.Equal(t, []bool{true}, saved)
+		require.Equal(t, []string{"A"}, risks.now(), "the next run would wait for a session that is over")
 	})
 }
 

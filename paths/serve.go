@@ -166,12 +166,10 @@ func (p *Path) serve() (time.Duration, error) {
 		}
 		return 0, err
 	}
-	if p.g.cfg().OnRisk != nil {
-		p.g.cfg().OnRisk(p.Name, true, p.portals())
-		for _, q := range p.siblings() {
-			if untested { // they can now be fenced through this path too
-				p.g.cfg().OnRisk(q.Name, true, q.portals())
-			}
+	p.risk(true)
+	for _, q := range p.siblings() {
+		if untested { // they can now be fenced through this path too
+			q.risk(false)
 		}
 	}
 	p.rank(ctx, s, info)
