@@ -475,3 +475,54 @@ func TestFenceFollowsTheConfigurationAndTheOperator(t *testing.T) {
 		})
 	}
 }
+
+// After a crash the whole disk waits for a path that another portal can fence: that
+// goes on if the path's own portal takes logins but does not get further.
+func TestFenceOfTheRunBeforeGoesOnWhereThePathsOwnLoginGetsNowhere(t *testing.T) {
+	for _, spoilt := range []string{"identity", "self-test"} {
+		t.Run(spoilt, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := &disk{id: 1}
+				first, err := initiator.Identify(t.Context(), &fake{d: d}, [8]byte{})
+				require.NoError(t, err)
+				there := &door{d: d, depth: 8, closed: true}
+				g, err := NewGroup(Config{Alias: "m", Checker: "none", NoPathRetry: Queue, QueueDepth: 16, Unfenced: []Unfenced{{Path: "A", Via: map[string]func(context.Context) (Session, error){
+					"there": func(ctx context.Context) (Session, error) {
+						return there.open(ctx, func(initiator.State, error) {}, nil)
+					},
+				}}}}, first)
+				require.NoError(t, err)
+				defer closeGroup(g)
+				a, b := &door{d: d, depth: 8}, &door{d: d, depth: 8}
+				pc := PathConfig{Name: "A", Target: "iqn.t", Open: a.open}
+				if spoilt == "identity" {
+					a.d = &disk{id: 2}
+				} else {
+					pc.OpenAt = func(context.Context, string) (Session, error) { return nil, errDoor }
+					pc.Open = func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+						if a.knocks()%2 == 1 { // the second one of each test
+							a.set(true)
+							defer a.set(false)
+						}
+						return a.open(ctx, onState, onRoom)
+					}
+				}
+				_, err = g.AddPath(pc, first)
+				require.NoError(t, err)
+				_, err = g.AddPath(PathConfig{Name: "B", Target: "iqn.t", Order: 1, Open: b.open}, first)
+				require.NoError(t, err)
+				rest(10 * time.Second)
+				require.NotZero(t, a.logins)
+				dn := newDone()
+				w := writeOf(dn, 1, 1)
+				submit(g, w)
+				require.Len(t, g.ledger.of("A"), 1)
+				there.set(false)
+				rest(5 * time.Second)
+				endAll(b.session())
+				require.Empty(t, g.ledger.of("A"), "nobody asks the other portal any more")
+				require.Equal(t, 1, dn.count(w))
+			})
+		})
+	}
+}

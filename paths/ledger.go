@@ -47,6 +47,7 @@ type epoch struct {
 	askedAll func()        // closes it
 	hopeless bool          // what waits for it fails; guarded by ledger.mu
 	stopVia  func()        // ends fencing through other portals and waits; guarded by Group.mu
+	ways     []fenceWay    // the last that were known; guarded by Group.mu
 }
 
 func newEpoch(path string) *epoch {

@@ -70,10 +70,15 @@ func (p *Path) portals() (out []string) {
 	return out
 }
 
-// startVia begins to fence e through other portals.
+// startVia begins to fence e through other portals: ways, or if there are none those
+// of the last time, which may be what the run before found out.
 func (g *Group) startVia(e *epoch, lun [8]byte, ways []fenceWay) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if len(ways) == 0 {
+		ways = e.ways
+	}
+	e.ways = ways
 	if len(ways) == 0 && e.key == 0 || g.closed || e.stopVia != nil {
 		return
 	}
@@ -107,6 +112,13 @@ func (p *Path) endVia() {
 		if stop != nil {
 			stop()
 		}
+	}
+}
+
+// resumeVia begins again what endVia stopped, for a session that did not come to serve.
+func (p *Path) resumeVia() {
+	for _, e := range p.g.ledger.of(p.Name) {
+		p.g.startVia(e, p.LUN, p.ways())
 	}
 }
 

@@ -130,12 +130,14 @@ func (p *Path) serve() (time.Duration, error) {
 			if tested, err = p.g.testTurn(ctx); err != nil {
 				s.Abort(err)
 				<-s.Done()
+				p.resumeVia()
 				return 0, err
 			}
 		}
 		defer tested()
 		if !taken {
 			if s, err = p.selfTest(ctx, s); err != nil {
+				p.resumeVia()
 				return 0, err
 			}
 		}
@@ -161,9 +163,7 @@ func (p *Path) serve() (time.Duration, error) {
 	}
 	if err != nil {
 		s.Abort(err)
-		for _, e := range p.g.ledger.of(p.Name) {
-			p.g.startVia(e, p.LUN, p.ways())
-		}
+		p.resumeVia()
 		return 0, err
 	}
 	p.risk(true)
