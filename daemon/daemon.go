@@ -386,7 +386,7 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 	for name, r := range d.risk.of(wwid) {
 		un := paths.Unfenced{Path: name, Key: reservationKey(d.o.InitiatorName, name), LUN: lun, Via: map[string]func(context.Context) (paths.Session, error){}}
 		if u, err := initiator.ParseURL(r.URL); err == nil {
-			un.LUN = LUN(u)
+			un.LUN, un.Target = LUN(u), u.Target
 			if have, ok := secrets[u.Target]; ok {
 				u.Credentials = have.Credentials
 			}

@@ -99,10 +99,10 @@ type Config struct {
 // All mutations are held until it is fenced: by its own login, or by a login
 // with its ISID through one of the portals that proved able to.
 type Unfenced struct {
-	Path string
-	Key  uint64 // PathConfig.Key, if the path may have had it
-	LUN  [8]byte
-	Via  map[string]func(ctx context.Context) (Session, error)
+	Path, Target string
+	Key          uint64 // PathConfig.Key, if the path may have had it
+	LUN          [8]byte
+	Via          map[string]func(ctx context.Context) (Session, error)
 }
 
 // policy is the configuration in force with what it was made into, immutable:

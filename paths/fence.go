@@ -130,12 +130,16 @@ func (l *ledger) hope(e *epoch) {
 	e.hopeless = false
 }
 
-// targetOf is the target of an epoch's path, empty if that is not configured any more.
+// targetOf is the target of an epoch's path, which may have been removed since; of
+// the run before it may not be configured any more.
 func (g *Group) targetOf(e *epoch) string {
+	if e.path != nil {
+		return e.path.Target
+	}
 	if p := g.pathOf(e); p != nil {
 		return p.Target
 	}
-	return ""
+	return e.target
 }
 
 // pathOf is the path that e was of, or now goes by its name; nil without one.

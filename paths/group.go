@@ -156,7 +156,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 	for _, u := range c.Unfenced {
 		if c.Protection != Off {
 			e := newEpoch(u.Path)
-			e.key, e.whole = u.Key, true
+			e.key, e.whole, e.target = u.Key, true, u.Target
 			var ways []fenceWay
 			for portal, open := range u.Via {
 				ways = append(ways, fenceWay{portal, portal, open})

@@ -36,6 +36,7 @@ type epoch struct {
 	name     string // of the path
 	nexus    string // of its session, see nexusOf; empty: not known
 	path     *Path  // nil for a path that an earlier run used and that is not here yet
+	target   string // of that one
 	key      uint64 // its reservation key, 0: none
 	extents  []extent
 	whole    bool // nothing is known: the whole device counts (after a crash)

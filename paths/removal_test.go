@@ -3,6 +3,7 @@ package paths
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -157,6 +158,80 @@ func TestFlushGoesToThePathThatIsBeingRemoved(t *testing.T) {
 			close(let)
 			rest(time.Minute)
 			require.Len(t, *g.everyPath.Load(), len(g.paths))
+		})
+	}
+}
+
+// doubting is a session that can be told of a reset.
+type doubting struct {
+	*fake
+	doubts *atomic.Int64
+}
+
+func (d doubting) Doubt([8]byte) { d.doubts.Add(1) }
+
+// The fence of a path goes on when the path is removed, or was not configured again
+// after a crash: what its reset ends on other paths to the same target is resolved
+// all the same.
+func TestFenceOfAPathThatIsGoneTellsOthersOfItsReset(t *testing.T) {
+	for _, removed := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			var resets, doubts atomic.Int64
+			d := &disk{id: 1}
+			there := &door{d: d, depth: 8, closed: true}
+			fence := func(ctx context.Context) (Session, error) {
+				s, err := there.open(ctx, func(initiator.State, error) {}, nil)
+				if err != nil {
+					return nil, err
+				}
+				return resettable{s.(*fake), &resets}, nil
+			}
+			first, err := initiator.Identify(t.Context(), &fake{d: d}, [8]byte{})
+			require.NoError(t, err)
+			c := Config{Alias: "m", Checker: "none", NoPathRetry: Queue, QueueDepth: 16}
+			if !removed {
+				c.Unfenced = []Unfenced{{Path: "A", Target: "iqn.t", Via: map[string]func(context.Context) (Session, error){"b": fence}}}
+			}
+			g, err := NewGroup(c, first)
+			require.NoError(t, err)
+			defer closeGroup(g)
+			b := &door{d: d, depth: 8}
+			p, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.t", Order: 1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+				s, err := b.open(ctx, onState, onRoom)
+				if err != nil {
+					return nil, err
+				}
+				return doubting{s.(*fake), &doubts}, nil
+			}}, first)
+			require.NoError(t, err)
+			synctest.Wait()
+			if removed {
+				a := &door{d: d, depth: 8}
+				q, err := g.AddPath(PathConfig{Name: "A", Target: "iqn.t", Open: a.open}, first)
+				require.NoError(t, err)
+				synctest.Wait()
+				g.mu.Lock()
+				q.via[p], q.trust = true, Reinstates
+				q.OpenAt = func(ctx context.Context, _ string) (Session, error) { return fence(ctx) }
+				g.mu.Unlock()
+				w := writeOf(newDone(), 1, 1)
+				submit(g, w)
+				a.set(true)
+				a.session().Abort(errDoor)
+				rest(time.Second)
+				flush := flushOf(newDone())
+				submit(g, flush)
+				endAll(b.session())
+				require.NoError(t, w.Err)
+				removeA(g)
+				require.Len(t, g.Snapshot().Groups, 1)
+			}
+			require.Len(t, g.ledger.of("A"), 1)
+			there.set(false)
+			rest(10 * time.Second)
+			require.Empty(t, g.ledger.of("A"))
+			require.EqualValues(t, 1, resets.Load())
+			require.EqualValues(t, 1, doubts.Load(), "B waits for answers that the reset has ended")
 		})
 	}
 }
