@@ -1,6 +1,8 @@
 package paths
 
 import (
+	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -186,5 +188,76 @@ func TestFlushWaitsForTheFenceOfAServerWithACacheOfItsOwn(t *testing.T) {
 		}
 		require.Equal(t, 1, dn.count(flush))
 		require.NoError(t, flush.Err)
+	})
+}
+
+// through makes the servers of g know FUA.
+func through(g *Group) *initiator.LUInfo {
+	l := *g.lu()
+	l.DPOFUA = true
+	g.info.Store(&l)
+	g.mu.Lock()
+	g.decideThrough()
+	g.mu.Unlock()
+	return &l
+}
+
+// A server that does not know FUA comes to two that do: a write is sent with FUA, or
+// a flush goes where it went.
+func TestWriteWithoutFUALeavesItsPathDirtyWhileTheWayToWriteChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		changing := func() {}
+		log := slog.New(hearing{func(m string) {
+			if strings.HasPrefix(m, "a path's server says otherwise of its cache") {
+				changing()
+			}
+		}})
+		g, doors := twoServers(t, Config{NoPathRetry: Queue, Logger: log})
+		defer closeGroup(g)
+		old := *through(g)
+		require.True(t, g.through.Load())
+		dn := newDone()
+		w := writeOf(dn, 1, 1)
+		fua := false
+		changing = func() {
+			submit(g, w)
+			fua = doors[0].session().pending()[0].CDB[1]&8 != 0
+			ended(t, doors[0].session(), 0x8a)
+		}
+		old.DPOFUA = false
+		g.learnCache(&old)
+		require.Equal(t, 1, dn.count(w))
+		require.True(t, fua || g.paths[0].dirty.Load(), "it may be lost, and no flush will tell")
+	})
+}
+
+// WRITE SAME knows no FUA and is flushed at once; it is done again only for a server
+// that went away meanwhile.
+func TestWriteZeroesThroughTheCacheIsDoneOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue})
+		defer closeGroup(g)
+		doors[1].session().Abort(errDoor)
+		rest(5 * time.Second)
+		require.NotZero(t, g.losses.Load())
+		through(g)
+		dn := newDone()
+		for _, dies := range []bool{false, true} {
+			z := &block.Request{Op: block.WriteZeroes, Len: 8 * fakeBlock, Owner: dn}
+			submit(g, z)
+			a := doors[0].session()
+			ended(t, a, 0x93)
+			if dies {
+				doors[1].session().Abort(errDoor)
+				synctest.Wait()
+			}
+			ended(t, a, 0x91)
+			if dies {
+				ended(t, a, 0x93)
+				ended(t, a, 0x91)
+			}
+			require.Empty(t, a.pending())
+			require.Equal(t, 1, dn.count(z))
+		}
 	})
 }

@@ -151,20 +151,21 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 	c := &a.cmd
 	c.LUN = pt.LUN
 	c.Dir, c.Data = initiator.NoData, nil
+	// One look for all: a server that does not know FUA may just turn up.
+	l := g.lu()
+	through := g.through.Load() && l.DPOFUA
+	fua := (r.Flags&block.FUA != 0 || through) && l.DPOFUA
 	// GOOD is the word on UNMAP and WRITE SAME: tgt 1.0.85 answers UNMAP with a
 	// residual as long as its parameter list.
-	a.dirties = r.Op != block.Read && r.Op != block.Flush && g.lu().WriteCache
-	if g.through.Load() && r.Op != block.WriteZeroes { // nothing stays in a cache: a trim need not last
+	a.dirties = r.Op != block.Read && r.Op != block.Flush && l.WriteCache
+	if through && r.Op != block.WriteZeroes { // nothing stays in a cache: a trim need not last
 		a.dirties = false
 	}
 	c.ShortOK = r.Op == block.Trim || r.Op == block.WriteZeroes && !g.noSame.Load()
-	bs := int64(g.lu().BlockSize)
+	bs := int64(l.BlockSize)
 	lba := uint64((r.Off + r.Route.Pos) / bs)
-	use16 := g.lu().Use16 && !pt.use10.Load()
+	use16 := l.Use16 && !pt.use10.Load()
 	a.unsupported = nil
-	if r.Flags&block.FUA != 0 && !flush && r.Route.Pos == 0 {
-		r.Route.Losses = g.losses.Load()
-	}
 	switch {
 	case flush:
 		r.Route.State |= 1 << pt.index
@@ -179,30 +180,33 @@ func (g *Group) issue(r *block.Request, pt *Path, size int64, p *block.Plug) boo
 		scsi.Read(&c.CDB, lba, uint32(size/bs), use16)
 	case r.Op == block.Write:
 		c.Dir, c.Data = initiator.DataOut, r.Data[r.Route.Pos:r.Route.Pos+size]
-		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
+		scsi.Write(&c.CDB, lba, uint32(size/bs), fua, use16)
 	case r.Op == block.Trim:
-		size = trimStep(g.lu(), r)
+		size = trimStep(l, r)
 		scsi.Unmap(&c.CDB, a.list[:], lba, uint32(size/bs))
 		c.Dir, c.Data = initiator.DataOut, a.list[:]
 		a.unsupported = &g.noUnmap
 	case !g.noSame.Load():
 		size = min(r.Len-r.Route.Pos, 32<<20)
-		if g.lu().MaxWriteSame > 0 {
-			size = min(size, int64(g.lu().MaxWriteSame)*bs)
+		if l.MaxWriteSame > 0 {
+			size = min(size, int64(l.MaxWriteSame)*bs)
 		}
-		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && g.lu().UnmapSame && g.lu().Zeroes)
+		scsi.WriteSame16(&c.CDB, lba, uint32(size/bs), r.Flags&block.NoUnmap == 0 && l.UnmapSame && l.Zeroes)
 		c.Dir, c.Data = initiator.DataOut, zeroes[:bs:bs]
 		a.unsupported = &g.noSame
-		if g.through.Load() { // WRITE SAME knows no FUA
+		if through { // WRITE SAME knows no FUA
 			r.Flags |= block.FUA
 		}
 	default:
 		size = min(r.Len-r.Route.Pos, int64(len(zeroes)), g.maxIO.Load()) &^ (bs - 1)
 		c.Dir, c.Data = initiator.DataOut, zeroes[:size:size]
-		a.dirties = a.dirties && !g.through.Load()
-		scsi.Write(&c.CDB, lba, uint32(size/bs), (r.Flags&block.FUA != 0 || g.through.Load()) && g.lu().DPOFUA, use16)
+		a.dirties = a.dirties && !through
+		scsi.Write(&c.CDB, lba, uint32(size/bs), fua, use16)
 	}
 	a.size = size
+	if r.Flags&block.FUA != 0 && !flush && r.Route.Pos == 0 { // it may have become one with FUA just now
+		r.Route.Losses = g.losses.Load()
+	}
 	if !flush && r.Op != block.Read {
 		blocks := uint64(size / bs)
 		a.span.Store(span(lba, lba+blocks))
