@@ -116,10 +116,11 @@ func (d *door) session() *fake {
 	return d.now
 }
 
-func (d *door) set(closed bool) {
+func (d *door) set(closed bool) (before bool) {
 	d.mu.Lock()
-	d.closed = closed
-	d.mu.Unlock()
+	defer d.mu.Unlock()
+	before, d.closed = d.closed, closed
+	return before
 }
 
 func (f *fake) isDead() bool {

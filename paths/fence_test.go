@@ -526,3 +526,34 @@ func TestFenceOfTheRunBeforeGoesOnWhereThePathsOwnLoginGetsNowhere(t *testing.T)
 		})
 	}
 }
+
+// The operator takes a path out of service under load, to rehearse a failover: it
+// fences its own old session, and then stays away.
+func TestPathFailedByHandFencesItsOldSession(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue})
+		defer closeGroup(g)
+		dn := newDone()
+		w := writeOf(dn, 1, 1)
+		submit(g, w)
+		require.Len(t, doors[0].session().pending(), 1)
+		require.NoError(t, g.FailPath("A"))
+		synctest.Wait()
+		require.Len(t, g.ledger.of("A"), 1)
+		rest(5 * time.Second)
+		endAll(doors[1].session())
+		require.Equal(t, 1, dn.count(w))
+		over := writeOf(dn, 1, 2)
+		submit(g, over)
+		endAll(doors[1].session())
+		require.Equal(t, 1, dn.count(over), "held until the path is reinstated")
+		require.Nil(t, doors[0].session())
+		knocks := doors[0].knocks()
+		rest(time.Hour)
+		require.Equal(t, knocks, doors[0].knocks(), "it does not stay away")
+		require.Equal(t, errByHand.Error(), g.paths[0].lastError)
+		require.NoError(t, g.ReinstatePath("A"))
+		rest(5 * time.Second)
+		require.Equal(t, 2, g.Snapshot().Paths.Usable)
+	})
+}

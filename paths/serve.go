@@ -46,7 +46,7 @@ func (p *Path) routine() {
 	var logged []string // causes, so that one that alternates with another fills no log
 	for {
 		p.g.mu.Lock()
-		held := p.failedByHand || p.wrongLU
+		held := p.failedByHand && len(p.g.ledger.of(p.Name)) == 0 || p.wrongLU // a login that ends its old session is no service
 		p.g.mu.Unlock()
 		if held {
 			select {

@@ -66,7 +66,10 @@ type sim struct {
 	values  byte
 	faults  map[*block.Request]bool
 	dense   bool // one block, no errors but dying sessions
-	err     error
+	// away are the doors whose path is failed by hand: closed, or it would end its
+	// old session; and whether they stay so when it is reinstated.
+	away map[*door]bool
+	err  error
 }
 
 func (s *sim) tick() int64 { s.clock++; return s.clock }
@@ -153,7 +156,7 @@ func simulate(t *testing.T, seed uint64, policy, protection string, omit Rule) (
 	synctest.Test(t, func(t *testing.T) {
 		g, doors, d := newGroup(t, Config{NoPathRetry: Queue, Policy: policy, Protection: protection, Selector: "round-robin 0", LeaveOut: omit}, 2, 4)
 		defer closeGroup(g)
-		s := &sim{g: g, doors: doors, faults: map[*block.Request]bool{}, dense: seed%2 == 1}
+		s := &sim{g: g, doors: doors, faults: map[*block.Request]bool{}, away: map[*door]bool{}, dense: seed%2 == 1}
 		synctest.Wait()
 		for range 120 {
 			s.step(r)
@@ -230,11 +233,24 @@ func (s *sim) step(r *rand.Rand) {
 			f.Abort(errDoor)
 		}
 	case 11:
-		d.set(r.IntN(2) == 0)
+		closed := r.IntN(2) == 0
+		if _, away := s.away[d]; away {
+			s.away[d] = closed
+			return
+		}
+		d.set(closed)
 	case 12:
+		closed, away := s.away[d]
 		if r.IntN(3) == 0 {
+			if !away {
+				s.away[d] = d.set(true)
+			}
 			s.g.FailPath(string(rune('A' + i)))
 		} else {
+			if away {
+				d.set(closed)
+				delete(s.away, d)
+			}
 			s.g.ReinstatePath(string(rune('A' + i)))
 		}
 	case 13, 14:
