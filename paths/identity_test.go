@@ -1,6 +1,7 @@
 package paths
 
 import (
+	"context"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -145,4 +146,107 @@ func TestServerWithACacheMakesFlushesNecessaryForAll(t *testing.T) {
 		ended(t, doors[0].session(), 0x91)
 		require.Equal(t, 1, dn.count(f))
 	})
+}
+
+// noticing is a session on which a control command may meet a unit attention.
+type noticing struct {
+	*fake
+	notice func(initiator.Notice)
+	meets  func(c *initiator.Command, notice func(initiator.Notice))
+}
+
+func (n *noticing) OnNotice(f func(initiator.Notice)) { n.notice = f }
+
+func (n *noticing) Do(ctx context.Context, c *initiator.Command) error {
+	if n.notice != nil {
+		n.meets(c, n.notice)
+	}
+	return n.fake.Do(ctx, c)
+}
+
+// The unit becomes another disk after it was identified and before the path serves,
+// or serves again: the attention that says so is met by a command of ours, and no
+// byte may follow.
+func TestUnitThatBecomesAnotherDiskBeforeThePathServesTakesNothing(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, right := newGroup(t, Config{NoPathRetry: Queue}, 1, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			c := g.Config()
+			c.Checker = "tur"
+			require.NoError(t, g.Reconfigure(c))
+			wrong := &disk{id: 2}
+			b := &door{d: right, depth: 8}
+			var w *block.Request
+			dn := newDone()
+			armed, identified, became := !again, false, false
+			p, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.t", Order: -1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+				s, err := b.open(ctx, onState, onRoom)
+				if err != nil {
+					return nil, err
+				}
+				f := s.(*fake)
+				return &noticing{fake: f, meets: func(c *initiator.Command, notice func(initiator.Notice)) {
+					switch op := c.CDB[0]; {
+					case !armed:
+					case op == 0x1a: // the last of an identification
+						identified = true
+					case op == 0 && identified && !became: // the checker's
+						became = true
+						b.mu.Lock()
+						b.d = wrong
+						b.mu.Unlock()
+						f.d = wrong
+						notice(initiator.Notice{Sense: scsi.ParseSense(sense(6, 0x3f, 0x0e))})
+					case became && w == nil: // what it is asked next
+						w = writeOf(dn, 1, 9)
+						submit(g, w)
+						require.Empty(t, f.pending(), "a write went to the other disk")
+					}
+				}}, nil
+			}}, g.Info())
+			require.NoError(t, err)
+			synctest.Wait()
+			if again {
+				require.Equal(t, "B", g.table.Load().paths[0].Name)
+				armed = true
+				p.doubt()
+			}
+			rest(time.Minute)
+			require.NotNil(t, w)
+			endAll(doors[0].session())
+			require.Equal(t, 1, dn.count(w))
+			require.EqualValues(t, 9, right.data[fakeBlock])
+			require.Contains(t, statusOf(g, "B").LastError, "identity changed")
+		})
+	}
+}
+
+// A target that says so at each login is believed once its unit was asked again.
+func TestUnitThatSaysAtEachLoginThatItChangedIsAskedAgain(t *testing.T) {
+	for _, ends := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, _ := newGroup(t, Config{NoPathRetry: Queue}, 1, 8)
+			defer closeGroup(g)
+			b := &door{d: doors[0].d, depth: 8}
+			_, err := g.AddPath(PathConfig{Name: "B", Target: "iqn.t", Order: -1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+				s, err := b.open(ctx, onState, onRoom)
+				if err != nil {
+					return nil, err
+				}
+				told := false
+				return &noticing{fake: s.(*fake), meets: func(_ *initiator.Command, notice func(initiator.Notice)) {
+					if !told || !ends {
+						notice(initiator.Notice{Sense: scsi.ParseSense(sense(6, 0x3f, 0x0e))})
+					}
+					told = true
+				}}, nil
+			}}, g.Info())
+			require.NoError(t, err)
+			rest(5 * time.Second)
+			require.Equal(t, ends, g.Snapshot().Paths.Usable == 2)
+			require.Equal(t, ends, b.logins == 1)
+		})
+	}
 }

@@ -73,6 +73,7 @@ func (p *Path) notice(n initiator.Notice) {
 		if act.Foreign && serving {
 			p.suspectForeign()
 		} else if act.Doubt || act.Foreign {
+			p.strange.CompareAndSwap(false, act.Foreign)
 			p.doubt()
 		}
 		p.ask(act.Ask)
@@ -184,6 +185,9 @@ func (p *Path) reverify(ctx context.Context, s Session) (*initiator.LUInfo, erro
 		return nil, err
 	}
 	p.rank(ctx, s, info)
+	if p.strange.Load() { // and it is asked again
+		return info, nil
+	}
 	p.set(func() {
 		select {
 		case <-s.Done():

@@ -40,6 +40,7 @@ type Path struct {
 	keyed         atomic.Bool  // its reservation key is registered
 	doubted       atomic.Bool  // out of service until its unit is verified anew
 	foreign       atomic.Bool  // may lead to another disk since: no answer of it counts
+	strange       atomic.Bool  // said so out of service, and was not identified since
 	sync10        atomic.Bool  // knows only SYNCHRONIZE CACHE (10)
 	use10         atomic.Bool  // knows only READ (10) and WRITE (10)
 	ios           atomic.Int64

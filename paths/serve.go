@@ -1,6 +1,7 @@
 package paths
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -161,6 +162,14 @@ func (p *Path) serve() (time.Duration, error) {
 			state, err = p.prove(ctx, s, info)
 		}
 	}
+	if err == nil {
+		p.rank(ctx, s, info)
+		for tries := 1; err == nil && p.strange.Load(); tries++ { // it became another one meanwhile, it says
+			if info, state, err = p.verify(ctx, s); tries == strangeTries {
+				err = cmp.Or(err, errForeign)
+			}
+		}
+	}
 	if err != nil {
 		s.Abort(err)
 		p.resumeVia()
@@ -172,7 +181,6 @@ func (p *Path) serve() (time.Duration, error) {
 			q.risk(false)
 		}
 	}
-	p.rank(ctx, s, info)
 	release := p.probation()
 	defer release()
 	began, byHand := time.Now(), false
@@ -215,6 +223,8 @@ func (p *Path) serve() (time.Duration, error) {
 	p.watch(ctx, s, info)
 	return time.Since(began), nil
 }
+
+const strangeTries = 3 // before a path logs in anew whose unit says again and again that it became another one
 
 // A session that the target ends sooner than shortLife after its login, contestEnds
 // times in a row: somebody else logs in with the same name and ISID, and each
@@ -262,6 +272,7 @@ func (p *Path) verify(ctx context.Context, s Session) (*initiator.LUInfo, checke
 func (p *Path) identify(ctx context.Context, s Session) (*initiator.LUInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.g.cfg().CheckTimeout)
 	defer cancel()
+	p.strange.Store(false)
 	info, err := initiator.Identify(ctx, s, p.LUN)
 	if err != nil {
 		return nil, err
