@@ -1,6 +1,7 @@
 package paths
 
 import (
+	"context"
 	"log/slog"
 	"strings"
 	"testing"
@@ -259,5 +260,64 @@ func TestWriteZeroesThroughTheCacheIsDoneOnce(t *testing.T) {
 			require.Empty(t, a.pending())
 			require.Equal(t, 1, dn.count(z))
 		}
+	})
+}
+
+// flushing is a session whose SYNCHRONIZE CACHE as a control command the test plays.
+type flushing struct {
+	*fake
+	on func()
+}
+
+func (f flushing) Do(ctx context.Context, c *initiator.Command) error {
+	if c.CDB[0] == 0x91 {
+		f.on()
+	}
+	return f.fake.Do(ctx, c)
+}
+
+// A path proves itself anew while a write of before is under way: the flush that
+// belongs to it need not cover that write.
+func TestWriteThatEndsDuringAFlushOfThePathsOwnStaysToBeFlushed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: Queue})
+		defer closeGroup(g)
+		x := &door{d: doors[0].d, depth: 8}
+		dn := newDone()
+		var w *block.Request
+		p, err := g.AddPath(PathConfig{Name: "X", Target: "iqn.x", Order: -1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+			s, err := x.open(ctx, onState, onRoom)
+			if err != nil {
+				return nil, err
+			}
+			return flushing{s.(*fake), func() {
+				if w != nil && dn.count(w) == 0 {
+					x.session().end(0, "good") // the unit did it behind the flush
+				}
+			}}, nil
+		}}, g.Info())
+		require.NoError(t, err)
+		synctest.Wait()
+		submit(g, writeOf(dn, 1, 1))
+		endAll(x.session())
+		require.True(t, p.unflushed())
+		w = writeOf(dn, 2, 1)
+		submit(g, w)
+		require.Len(t, x.session().pending(), 1)
+		p.doubt()
+		rest(time.Second)
+		require.Equal(t, 1, dn.count(w))
+		x.set(true) // its server loses its power
+		x.session().Abort(errDoor)
+		rest(time.Second)
+		flush := flushOf(dn)
+		submit(g, flush)
+		all(doors)
+		require.Zero(t, dn.count(flush), "a flush that cannot have reached the write")
+		x.set(false)
+		rest(5 * time.Second)
+		all(append(doors, x))
+		require.Equal(t, 1, dn.count(flush))
+		require.NoError(t, flush.Err)
 	})
 }

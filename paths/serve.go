@@ -518,19 +518,21 @@ func (p *Path) down() {
 	}
 }
 
-// flushCache flushes what the path's server may hold, as long as nothing else
-// is written through it.
+// flushCache flushes what the path's server may hold. What was under way already
+// makes the path dirty again when it ends meanwhile.
 func (p *Path) flushCache(ctx context.Context, s Session, info *initiator.LUInfo) error {
 	var cdb scsi.CDB
 	scsi.SyncCache(&cdb, 0, 0, info.Use16 && !p.sync10.Load())
 	c := &initiator.Command{LUN: p.LUN, CDB: cdb}
-	if err := s.Do(ctx, c); err != nil {
-		return err
+	p.flushing.Add(1) // before: another flush must not find the path clean
+	defer p.flushing.Add(-1)
+	since := p.since.Load()
+	p.dirty.Store(false)
+	err := s.Do(ctx, c)
+	if err != nil || c.Result.Status != scsi.StatusGood {
+		p.soil(since)
 	}
-	if c.Result.Status == scsi.StatusGood {
-		p.dirty.Store(false)
-	}
-	return nil
+	return err
 }
 
 // giveUp ends a session whose unit failed its verification.
