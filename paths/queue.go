@@ -101,7 +101,7 @@ func (g *Group) restart() {
 func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	g.mu.Lock()
 	missing := g.ledger.unflushable()
-	for _, pt := range g.paths {
+	for _, pt := range *g.everyPath.Load() {
 		missing = missing || r.Route.State&(1<<pt.index) == 0 && pt.unflushed() && pt.current.Load() == nil
 	}
 	wait := missing && !g.closed && g.queueing()

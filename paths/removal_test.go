@@ -235,3 +235,42 @@ func TestFenceOfAPathThatIsGoneTellsOthersOfItsReset(t *testing.T) {
 		})
 	}
 }
+
+// A flush that waits for a path which is on its way out keeps nothing else waiting.
+func TestFlushThatWaitsForAPathThatIsBeingRemovedIsParked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d := newGroup(t, Config{NoPathRetry: Queue}, 1, 8)
+		defer closeGroup(g)
+		let := make(chan struct{})
+		x := &door{d: d, depth: 8}
+		var once bool
+		_, err := g.AddPath(PathConfig{Name: "X", Target: "iqn.x", Order: -1, Open: func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error) {
+			s, err := x.open(ctx, onState, onRoom)
+			if err != nil {
+				return nil, err
+			}
+			return flushing{s.(*fake), func() { once = true; x.session().Abort(errDoor); <-let }}, nil
+		}}, g.Info())
+		require.NoError(t, err)
+		synctest.Wait()
+		dn := newDone()
+		w := writeOf(dn, 1, 1)
+		submit(g, w)
+		go g.RemovePaths(func(pc PathConfig) bool { return pc.Name == "X" })
+		synctest.Wait()
+		x.session().end(0, "good")
+		rest(time.Second)
+		require.True(t, once)
+		flush, read := flushOf(dn), readOf(dn, 5)
+		submit(g, flush)
+		require.Zero(t, dn.count(flush))
+		submit(g, read)
+		all(doors)
+		require.Equal(t, 1, dn.count(read), "a read behind a parked flush")
+		close(let)
+		rest(time.Minute)
+		all(doors)
+		require.Equal(t, 1, dn.count(flush))
+		require.ErrorIs(t, flush.Err, block.ErrIO)
+	})
+}
