@@ -94,10 +94,16 @@ func (d *Daemon) dropTargets(now []initiator.URL, discover []Discovery) {
 	maps := slices.Clone(d.maps)
 	d.mu.Unlock()
 	for _, u := range gone {
+		all := true
 		for _, m := range maps {
-			m.group.RemovePaths(func(pc paths.PathConfig) bool {
+			all = m.group.RemovePaths(func(pc paths.PathConfig) bool {
 				return leadsTo(u, pc) && !slices.ContainsFunc(stay, func(x initiator.URL) bool { return leadsTo(x, pc) })
-			})
+			}) && all
+		}
+		if !all { // the next reconfigure tries again
+			d.mu.Lock()
+			d.urls = append(d.urls, u)
+			d.mu.Unlock()
 		}
 	}
 }

@@ -444,3 +444,30 @@ func TestMapsEndWithTheirLastTarget(t *testing.T) {
 	await(t, d, "made anew", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 && m.NBD.Device == "/dev/nbd9" })
 	write(t, d, "m", 0)
 }
+
+// A path that cannot be removed because its server holds unflushed writes can be
+// after a flush, as the log says.
+func TestPathOfADroppedTargetIsRemovedByTheNextReconfigureAfterAFlush(t *testing.T) {
+	_, ps := disk(t, "dropped", 1)
+	u, err := initiator.ParseURL(ps[0].URL(0))
+	require.NoError(t, err)
+	resolve := func(*initiator.LUInfo) (paths.Config, string, error) {
+		return paths.Config{Alias: "m", NoPathRetry: paths.Queue}, "", nil
+	}
+	d, l := begin(t, Options{Targets: []initiator.URL{u}, Resolve: resolve, Reload: func() (Reloaded, error) { return Reloaded{Resolve: resolve}, nil }})
+	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
+	write(t, d, "m", 0)
+	require.NoError(t, d.Reconfigure())
+	says(t, l, "path not removed", "flush (sync) and reconfigure again")
+	require.Equal(t, 1, d.maps[0].group.Snapshot().Paths.Total)
+	kind, addr, _ := strings.Cut(d.o.NBD, ":")
+	c, err := client.Dial(kind, addr, "m")
+	require.NoError(t, err)
+	require.NoError(t, c.Flush())
+	require.NoError(t, c.Close())
+	require.NoError(t, d.Reconfigure())
+	require.Eventually(t, func() bool {
+		maps := d.Snapshot().Maps
+		return len(maps) == 0 || maps[0].Paths.Total == 0
+	}, patience, 5*time.Millisecond)
+}

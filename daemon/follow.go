@@ -33,7 +33,7 @@ func (d *Daemon) addURL(u initiator.URL) {
 	f := &follower{u: u, order: len(d.urls), again: make(chan struct{}, 1), told: map[[8]byte]string{}}
 	f.ctx, f.stop = context.WithCancel(d.ctx)
 	d.following[u.String()] = f
-	d.urls = append(d.urls, u)
+	d.urls = append(slices.DeleteFunc(slices.Clone(d.urls), func(x initiator.URL) bool { return x.String() == u.String() }), u)
 	d.pending[u.String()] = "connecting"
 	d.wg.Add(1)
 	go func() { defer d.wg.Done(); d.follow(f) }()

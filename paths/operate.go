@@ -78,8 +78,9 @@ func (g *Group) Reconfigure(c Config) error {
 }
 
 // RemovePaths ends the paths that which picks. Their commands come back first;
-// one that may hold unflushed writes stays, with an error in the log.
-func (g *Group) RemovePaths(which func(PathConfig) bool) {
+// one that may hold unflushed writes stays, with an error in the log. It reports
+// whether all are gone.
+func (g *Group) RemovePaths(which func(PathConfig) bool) (all bool) {
 	g.mu.Lock()
 	var gone []*Path
 	for _, p := range g.paths {
@@ -88,9 +89,11 @@ func (g *Group) RemovePaths(which func(PathConfig) bool) {
 		}
 	}
 	g.mu.Unlock()
+	all = true
 	for _, p := range gone {
-		g.removePath(p, 0)
+		all = g.removePath(p, 0) && all
 	}
+	return all
 }
 
 // RemoveSparePath takes the named path out for good, unless it is the map's last
