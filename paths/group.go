@@ -159,7 +159,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 			e.key, e.whole, e.target = u.Key, true, u.Target
 			var ways []fenceWay
 			for portal, open := range u.Via {
-				ways = append(ways, fenceWay{portal, portal, open})
+				ways = append(ways, fenceWay{portal, portal, "", open})
 			}
 			g.openEpoch(e)
 			g.startVia(e, u.LUN, ways)

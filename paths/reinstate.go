@@ -29,6 +29,7 @@ type resetter interface {
 // fenceWay is a login that ends the old session of a path.
 type fenceWay struct {
 	name, portal string
+	nexus        string // where that login ended when it was tested, see nexusOf; empty: not known
 	open         func(ctx context.Context) (Session, error)
 }
 
@@ -52,7 +53,7 @@ func (p *Path) ways() (out []fenceWay) {
 	defer p.g.mu.Unlock()
 	for q, ok := range p.via {
 		if ok {
-			out = append(out, fenceWay{q.Name, q.Portal, func(ctx context.Context) (Session, error) { return p.loginAt(ctx, q.Portal) }})
+			out = append(out, fenceWay{q.Name, q.Portal, q.nexus, func(ctx context.Context) (Session, error) { return p.loginAt(ctx, q.Portal) }})
 		}
 	}
 	return out
@@ -193,7 +194,12 @@ func (g *Group) fenceThrough(ctx, opening context.Context, opened func(), e *epo
 		defer t.end()
 	}
 	g.hearFence(s, e, lun)
-	if err = g.sameUnit(ctx, s, lun); err == nil {
+	if at := nexusOf(s); at != "" && w.nexus != "" && at != w.nexus && at != e.nexus {
+		err = fmt.Errorf("it leads to another nexus than when it was tested, which ends nothing: was %s, is %s", w.nexus, at)
+	} else {
+		err = g.sameUnit(ctx, s, lun)
+	}
+	if err == nil {
 		err = g.drainUnit(ctx, s, e, lun, g.provenClass(), fenceSteps{through: w.name, login: login, identity: time.Since(began) - login})
 	}
 	if err != nil {

@@ -63,6 +63,35 @@ func twoPortals(t *testing.T, tested map[string]Tested, groups ...uint16) (*Grou
 	return g, ps
 }
 
+// A portal leads to another portal group than when it proved able to end the path's
+// session: a login there ends nothing, and proves nothing.
+func TestFenceThroughAPortalThatMovedIsNoProof(t *testing.T) {
+	for _, moved := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			g, ps := twoPortals(t, nil, 1, 1)
+			defer closeGroup(g)
+			a := g.paths[0]
+			g.mu.Lock()
+			a.Open = func(context.Context, func(initiator.State, error), func(*block.Plug)) (Session, error) {
+				return nil, errDoor
+			}
+			at := a.OpenAt
+			a.OpenAt = func(ctx context.Context, portal string) (Session, error) {
+				if moved {
+					ps[0].group = 2
+				}
+				return at(ctx, portal)
+			}
+			g.mu.Unlock()
+			submit(g, writeOf(newDone(), 1, 1))
+			ps[0].session().Abort(errDoor)
+			rest(5 * time.Second)
+			require.Equal(t, !moved, g.Snapshot().Safety.Fences[fenceProven] == 1)
+			require.Equal(t, moved, len(g.ledger.of("A")) == 1)
+		})
+	}
+}
+
 func TestTheNextRunGoesOnWithWhatTheSelfTestsFound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, ps := twoPortals(t, nil, 1, 1)
