@@ -557,3 +557,41 @@ func TestPathFailedByHandFencesItsOldSession(t *testing.T) {
 		require.Equal(t, 2, g.Snapshot().Paths.Usable)
 	})
 }
+
+// A WRITE SAME was under way when its server died, and the other server does not know
+// the command: the zeroes that are written instead are no other bytes, and need not
+// wait for a fence that may not come.
+func TestZeroesWrittenInPiecesAreTheRetryOfTheirWriteSame(t *testing.T) {
+	for _, protection := range []string{Hold, Strict} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors := twoServers(t, Config{NoPathRetry: Queue, MaxIO: 4 * fakeBlock, Protection: protection})
+			defer closeGroup(g)
+			dn := newDone()
+			z := &block.Request{Op: block.WriteZeroes, Off: 2 * fakeBlock, Len: 16 * fakeBlock, Owner: dn}
+			submit(g, z)
+			require.EqualValues(t, 0x93, doors[0].session().pending()[0].CDB[0])
+			doors[0].set(true)
+			doors[0].session().Abort(errDoor)
+			synctest.Wait()
+			b := doors[1].session()
+			if protection == Strict {
+				require.Empty(t, b.pending())
+				return
+			}
+			require.EqualValues(t, 0x93, b.pending()[0].CDB[0])
+			b.answer(sense(5, 0x20, 0))
+			for range 4 {
+				ended(t, b, 0x8a)
+			}
+			require.Equal(t, 1, dn.count(z))
+			require.NoError(t, z.Err)
+			over := writeOf(dn, 9, 1)
+			submit(g, over)
+			require.Empty(t, b.pending(), "the old WRITE SAME may still come")
+			doors[0].set(false)
+			rest(5 * time.Second)
+			all(doors)
+			require.Equal(t, 1, dn.count(over))
+		})
+	}
+}

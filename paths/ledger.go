@@ -311,8 +311,8 @@ func (l *ledger) conflicts(r *block.Request, lo, hi uint64, mode string) (risk, 
 			}
 			switch {
 			case lo >= x.hi:
-			case x.req == r && x.lo == lo && x.hi == hi && mode != Strict:
-				own = true // the same bytes: executing both is executing one
+			case x.req == r && mode != Strict:
+				own = true // the same bytes, be it in other pieces: executing both is executing one
 			default:
 				risk = risk || l.omit&RuleOverlap == 0
 			}
