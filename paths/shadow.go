@@ -145,32 +145,36 @@ const (
 // routineRewrite writes until nothing is left that can be.
 func (g *Group) routineRewrite() {
 	defer g.routines.Done()
+	wait := func(d time.Duration) (on bool) {
+		select {
+		case <-g.stop:
+			return false
+		case <-time.After(d):
+			return true
+		}
+	}
 	for {
 		began := time.Now()
 		runs := g.ledger.lockShadow(g.cfg().Protection == Off)
 		if len(runs) == 0 {
 			return
 		}
-		wait := rewritePause
-		for { // what is in flight came first
-			busy := slices.ContainsFunc(runs, func(x run) bool { return g.inFlight(nil, x.lo, x.hi) })
-			if !busy {
-				err := g.writeShadow(runs)
-				if err == nil {
-					break
-				}
-				g.log.Error("blocks kept in memory could not be written again, they stay there", "cause", err)
-				wait = rewriteRetry
-			}
-			select {
-			case <-g.stop:
+		for slices.ContainsFunc(runs, func(x run) bool { return g.inFlight(nil, x.lo, x.hi) }) { // that came first
+			if !wait(rewritePause) {
 				return
-			case <-time.After(wait):
 			}
 		}
-		n := g.ledger.dropShadow(runs)
-		g.log.Info("blocks kept in memory are on the disk again", "blocks", n, "took", time.Since(began).Round(time.Microsecond))
+		written, err := g.writeShadow(runs)
+		if n := g.ledger.dropShadow(written); n > 0 {
+			g.log.Info("blocks kept in memory are on the disk again", "blocks", n, "took", time.Since(began).Round(time.Microsecond))
+		}
 		g.failHeld(nil)
+		if err != nil {
+			g.log.Error("blocks kept in memory could not be written again, they stay there", "cause", err)
+			if !wait(rewriteRetry) {
+				return
+			}
+		}
 	}
 }
 
@@ -194,7 +198,7 @@ func (l *ledger) lockShadow(all bool) (runs []run) {
 	return runs
 }
 
-// dropShadow forgets runs that are on the disk again.
+// dropShadow forgets runs that are on the disk again, and lets mutations of all go on.
 func (l *ledger) dropShadow(runs []run) (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -211,30 +215,42 @@ func (l *ledger) dropShadow(runs []run) (n int) {
 	return n
 }
 
-// writeShadow writes the runs and flushes them.
-func (g *Group) writeShadow(runs []run) error {
+// writeShadow writes the runs and flushes them. It returns those that are on the
+// disk, and why others are not.
+func (g *Group) writeShadow(runs []run) (written []run, err error) {
 	losses := g.losses.Load()
-	bs := uint64(g.lu().BlockSize)
-	step := max(uint64(min(int64(rewriteMax), g.maxIO.Load()))/bs, 1)
 	for _, x := range runs {
-		for lo := x.lo; lo < x.hi; lo += step {
-			hi := min(lo+step, x.hi)
-			r := &block.Request{Op: block.Write, Off: int64(lo * bs), Len: int64((hi - lo) * bs), Data: make([]byte, 0, (hi-lo)*bs)}
-			g.ledger.mu.Lock()
-			for b := lo; b < hi; b++ {
-				r.Data = append(r.Data, g.ledger.shadow.blocks[b]...)
-			}
-			g.ledger.mu.Unlock()
-			if err := g.do(r); err != nil {
-				return err
-			}
+		if e := g.writeRun(x); e != nil {
+			err = e
+		} else {
+			written = append(written, x)
 		}
 	}
-	err := g.do(&block.Request{Op: block.Flush})
-	if err == nil && losses != g.losses.Load() {
-		err = errMaybeLost
+	if e := g.do(&block.Request{Op: block.Flush}); e != nil {
+		return nil, e
 	}
-	return err
+	if losses != g.losses.Load() {
+		return nil, errMaybeLost
+	}
+	return written, err
+}
+
+func (g *Group) writeRun(x run) error {
+	bs := uint64(g.lu().BlockSize)
+	step := max(uint64(min(int64(rewriteMax), g.maxIO.Load()))/bs, 1)
+	for lo := x.lo; lo < x.hi; lo += step {
+		hi := min(lo+step, x.hi)
+		r := &block.Request{Op: block.Write, Off: int64(lo * bs), Len: int64((hi - lo) * bs), Data: make([]byte, 0, (hi-lo)*bs)}
+		g.ledger.mu.Lock()
+		for b := lo; b < hi; b++ {
+			r.Data = append(r.Data, g.ledger.shadow.blocks[b]...)
+		}
+		g.ledger.mu.Unlock()
+		if err := g.do(r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 var errMaybeLost = errors.New("a session ended meanwhile, maybe with its server and what it had not flushed")

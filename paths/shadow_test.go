@@ -156,3 +156,58 @@ func TestWhatWasKeptInMemoryUndoesNoWriteAfterTheProtectionIsSwitchedOff(t *test
 		})
 	}
 }
+
+// One block that the unit does not take any more keeps no write of the others waiting.
+func TestBlockThatCannotBeWrittenAgainLocksNoOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, d := newGroup(t, Config{Protection: Shadow, NoPathRetry: Queue}, 2, 8)
+		defer closeGroup(g)
+		synctest.Wait()
+		dn := newDone()
+		submit(g, writeOf(dn, 2, 1), writeOf(dn, 60, 1))
+		doors[0].set(true)
+		doors[0].session().Abort(errDoor)
+		synctest.Wait()
+		b := doors[1].session()
+		endAll(b)
+		submit(g, writeOf(dn, 2, 2), writeOf(dn, 60, 2))
+		endAll(b)
+		require.Len(t, dn.in, 4)
+		require.EqualValues(t, 2, g.ledger.shadow.used.Load())
+		bad := true
+		end := func() {
+			for _, door := range doors {
+				for f := door.session(); f != nil && len(f.pending()) > 0; {
+					if c := f.pending()[0]; bad && c.CDB[0] == 0x8a && c.CDB[9] == 60 {
+						f.end(0, "medium")
+					} else {
+						f.end(0, "good")
+					}
+					synctest.Wait()
+				}
+			}
+		}
+		doors[0].set(false) // the fence
+		for range 50 {
+			rest(100 * time.Millisecond)
+			end()
+		}
+		require.Empty(t, g.ledger.of("A"))
+		last := writeOf(dn, 2, 3)
+		submit(g, last)
+		for range 50 {
+			rest(100 * time.Millisecond)
+			end()
+		}
+		require.Equal(t, 1, dn.count(last), "it waits for a block that has nothing to do with it")
+		require.EqualValues(t, 3, d.data[2*fakeBlock])
+		require.EqualValues(t, 1, g.ledger.shadow.used.Load())
+		bad = false
+		for range 50 {
+			rest(100 * time.Millisecond)
+			end()
+		}
+		require.Zero(t, g.ledger.shadow.used.Load())
+		require.EqualValues(t, 2, d.data[60*fakeBlock])
+	})
+}
