@@ -321,3 +321,57 @@ func TestWriteThatEndsDuringAFlushOfThePathsOwnStaysToBeFlushed(t *testing.T) {
 		require.NoError(t, flush.Err)
 	})
 }
+
+// A flush has all of no_path_retry to wait for its server, whatever an earlier one
+// has used of its own.
+func TestParkedFlushWaitsItsOwnTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors := twoServers(t, Config{NoPathRetry: 5, PollingInterval: 5 * time.Second, MultibusServers: true, Failback: Immediate})
+		defer closeGroup(g)
+		dn := newDone()
+		park := func() *block.Request {
+			w := writeOf(dn, 1, 1)
+			submit(g, w)
+			ended(t, doors[0].session(), 0x8a)
+			doors[0].set(true)
+			doors[0].session().Abort(errDoor)
+			synctest.Wait()
+			flush := flushOf(dn)
+			submit(g, flush)
+			all(doors)
+			require.Zero(t, dn.count(flush))
+			return flush
+		}
+		first := park()
+		doors[0].set(false)
+		rest(10 * time.Second)
+		all(doors)
+		require.Equal(t, 1, dn.count(first))
+		require.NoError(t, first.Err)
+		rest(10 * time.Second)
+		second := park()
+		rest(20 * time.Second)
+		require.Zero(t, dn.count(second), "it failed when the time of the first one was over")
+		third := flushOf(dn)
+		submit(g, third)
+		rest(6 * time.Second)
+		require.Equal(t, 1, dn.count(second))
+		require.ErrorIs(t, second.Err, block.ErrIO)
+		require.Zero(t, dn.count(third))
+		rest(20 * time.Second)
+		require.ErrorIs(t, third.Err, block.ErrIO)
+		require.Equal(t, 1, dn.count(third))
+		// And what is decided meanwhile counts.
+		fourth := flushOf(dn)
+		submit(g, fourth)
+		c := g.Config()
+		c.NoPathRetry = Queue
+		require.NoError(t, g.Reconfigure(c))
+		rest(time.Hour)
+		require.Zero(t, dn.count(fourth))
+		c.NoPathRetry = 1
+		require.NoError(t, g.Reconfigure(c))
+		rest(time.Second)
+		require.ErrorIs(t, fourth.Err, block.ErrIO)
+	})
+}

@@ -108,16 +108,10 @@ func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	if wait {
 		r.Route.Next = g.parked
 		g.parked = r
-		if n := g.cfg().NoPathRetry; n > 0 && g.forced == 0 && g.giveUpFlush == nil {
-			g.giveUpFlush = time.AfterFunc(time.Duration(n)*g.cfg().PollingInterval, func() {
-				var plug block.Plug
-				g.mu.Lock()
-				g.giveUpFlush = nil
-				g.mu.Unlock()
-				g.unpark(block.ErrIO, &plug)
-				plug.Flush()
-			})
+		if r.Route.Parked == 0 {
+			r.Route.Parked = now()
 		}
+		g.timeParked()
 	}
 	g.mu.Unlock()
 	switch {
@@ -129,6 +123,53 @@ func (g *Group) park(r *block.Request, p *block.Plug) bool {
 		return false
 	}
 	return true
+}
+
+// parkedTime is how long a parked flush may wait; false: for ever. Caller holds mu.
+func (g *Group) parkedTime() (most time.Duration, limited bool) {
+	c := g.cfg()
+	return time.Duration(c.NoPathRetry) * c.PollingInterval, c.NoPathRetry > 0 && g.forced == 0
+}
+
+// timeParked sets the timer that ends the wait of the parked flush that waits for
+// longest. Caller holds mu.
+func (g *Group) timeParked() {
+	if g.giveUpFlush != nil {
+		g.giveUpFlush.Stop()
+		g.giveUpFlush = nil
+	}
+	most, limited := g.parkedTime()
+	if g.parked == nil || !limited || g.closed {
+		return
+	}
+	first := g.parked.Route.Parked
+	for r := g.parked; r != nil; r = r.Route.Next {
+		first = min(first, r.Route.Parked)
+	}
+	g.giveUpFlush = time.AfterFunc(most-time.Duration(now()-first), g.failParked)
+}
+
+// failParked fails the parked flushes that have waited for long enough.
+func (g *Group) failParked() {
+	var plug block.Plug
+	var over *block.Request
+	g.mu.Lock()
+	most, limited := g.parkedTime()
+	for at := &g.parked; limited && *at != nil; {
+		if r := *at; now()-r.Route.Parked < int64(most) {
+			at = &r.Route.Next
+		} else {
+			*at, r.Route.Next, over = r.Route.Next, over, r
+		}
+	}
+	g.timeParked()
+	g.mu.Unlock()
+	for over != nil {
+		r := over
+		over, r.Route.Next = r.Route.Next, nil
+		g.finish(r, block.ErrIO, &plug)
+	}
+	plug.Flush()
 }
 
 // unpark starts the parked flushes anew, or fails them.
