@@ -330,23 +330,34 @@ func (g *Group) publish() {
 	old := g.table.Swap(t)
 	switch {
 	case len(t.all) > 0:
-		g.failing = false
 		if !g.noPathSince.IsZero() {
 			g.noPath += time.Since(g.noPathSince)
 			g.noPathSince = time.Time{}
-		}
-		if g.giveUp != nil {
-			g.giveUp.Stop()
-			g.giveUp = nil
 		}
 	case len(old.all) > 0 && !g.closed:
 		g.wakeRested()
 		g.noPathSince = time.Now()
 		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
-		if n := g.cfg().NoPathRetry; n > 0 && g.giveUp == nil {
-			wait := time.Duration(n) * g.cfg().PollingInterval
-			g.giveUp, g.giveUpAt = time.AfterFunc(wait, g.stopQueueing), time.Now().Add(wait)
+	}
+	g.limitQueueing()
+}
+
+// limitQueueing follows no_path_retry, which may be another one since the last path
+// went. Caller holds mu.
+func (g *Group) limitQueueing() {
+	c := g.cfg()
+	limited := !g.noPathSince.IsZero() && c.NoPathRetry > 0 && g.forced == 0 && !g.closed
+	end := g.noPathSince.Add(time.Duration(c.NoPathRetry) * c.PollingInterval)
+	if g.giveUp != nil {
+		if limited && end.Equal(g.giveUpAt) {
+			return
 		}
+		g.giveUp.Stop()
+		g.giveUp = nil
+	}
+	g.failing = false
+	if limited {
+		g.giveUp, g.giveUpAt = time.AfterFunc(time.Until(end), g.stopQueueing), end
 	}
 }
 
@@ -374,16 +385,15 @@ func (g *Group) queueing() bool {
 
 func (g *Group) stopQueueing() {
 	g.mu.Lock()
-	if len(g.table.Load().all) == 0 {
-		g.failing = true
-		g.queueTimeouts++
+	if g.giveUp == nil || time.Now().Before(g.giveUpAt) { // there is another limit just now, or none
+		g.mu.Unlock()
+		return
 	}
-	hopeless := g.failing
+	g.failing = true
+	g.queueTimeouts++
 	g.mu.Unlock()
 	g.restart()
-	if hopeless {
-		g.failHeld(block.ErrNoPath)
-	}
+	g.failHeld(block.ErrNoPath)
 	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", g.retryText())
 }
 

@@ -333,3 +333,58 @@ func TestTheLastPathIsNoSpare(t *testing.T) {
 		closeGroup(g)
 	}
 }
+
+// What is decided about queueing while no path is left counts for what waits already.
+func TestNoPathRetryThatChangesWhileNoPathIsLeft(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		before int
+		change func(g *Group, c *Config)
+		fails  bool
+	}{
+		{"to queue", 5, func(_ *Group, c *Config) { c.NoPathRetry = Queue }, false},
+		{"to more", 5, func(_ *Group, c *Config) { c.NoPathRetry = 1000 }, false},
+		{"to a number", Queue, func(_ *Group, c *Config) { c.NoPathRetry = 5 }, true},
+		{"on by hand", 5, func(g *Group, _ *Config) { g.SetQueueing(true) }, false},
+		{"not at all", 5, func(*Group, *Config) {}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g, doors, _ := newGroup(t, Config{NoPathRetry: c.before, PollingInterval: 5 * time.Second, FenceWait: time.Hour}, 2, 8)
+				defer closeGroup(g)
+				synctest.Wait()
+				dn := newDone()
+				ambiguous(t, g, doors, dn)
+				held, queued := writeOf(dn, 1, 2), writeOf(dn, 5, 1)
+				submit(g, held)
+				doors[1].set(true)
+				doors[1].session().Abort(errDoor)
+				synctest.Wait()
+				submit(g, queued)
+				rest(10 * time.Second)
+				conf := g.Config()
+				c.change(g, &conf)
+				require.NoError(t, g.Reconfigure(conf))
+				rest(14 * time.Second)
+				require.Zero(t, dn.count(held)+dn.count(queued))
+				rest(2 * time.Minute)
+				if c.fails {
+					require.ErrorIs(t, queued.Err, block.ErrNoPath)
+					require.ErrorIs(t, held.Err, block.ErrNoPath)
+					require.EqualValues(t, 1, g.Snapshot().Totals.QueueTimeouts)
+					return
+				}
+				require.Zero(t, dn.count(held)+dn.count(queued), "%v %v", held.Err, queued.Err)
+				for _, d := range doors {
+					d.set(false)
+				}
+				rest(10 * time.Second)
+				all(doors)
+				for _, r := range []*block.Request{held, queued} {
+					require.Equal(t, 1, dn.count(r))
+					require.NoError(t, r.Err)
+				}
+			})
+		})
+	}
+}

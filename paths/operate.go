@@ -21,6 +21,7 @@ func (g *Group) SetQueueing(on bool) {
 	pol := *g.cfg() // the same, but fences have to look again
 	pol.replaced = make(chan struct{})
 	close(g.policy.Swap(&pol).replaced)
+	g.limitQueueing()
 	g.mu.Unlock()
 	g.log.Info(map[bool]string{true: "queueing switched on", false: "queueing switched off"}[on], "cause", "the operator")
 	g.restart()
