@@ -2,6 +2,8 @@ package paths
 
 import (
 	"bytes"
+	"context"
+	"encoding/binary"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -9,6 +11,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/mpathd/mpathd/block"
+	"github.com/mpathd/mpathd/initiator"
+	"github.com/mpathd/mpathd/scsi"
 )
 
 // shadowed is a map whose path A died with a write of blocks 1 and 2 under way,
@@ -209,5 +213,42 @@ func TestBlockThatCannotBeWrittenAgainLocksNoOther(t *testing.T) {
 		}
 		require.Zero(t, g.ledger.shadow.used.Load())
 		require.EqualValues(t, 2, d.data[60*fakeBlock])
+	})
+}
+
+// trimmed is a session whose unit says that it holds nothing at all.
+type trimmed struct{ *fake }
+
+func (h trimmed) Do(ctx context.Context, c *initiator.Command) error {
+	if c.CDB[0] != 0x9e || c.CDB[1]&0x1f != 0x12 { // GET LBA STATUS
+		return h.fake.Do(ctx, c)
+	}
+	b := make([]byte, 24)
+	binary.BigEndian.PutUint32(b, 20)
+	binary.BigEndian.PutUint64(b[8:], binary.BigEndian.Uint64(c.CDB[2:]))
+	binary.BigEndian.PutUint32(b[16:], fakeBlocks)
+	b[20] = scsi.Deallocated
+	c.Result = initiator.Result{Received: uint32(copy(c.Data, b))}
+	return nil
+}
+
+// A late trim makes holes of blocks that reads still show from memory: who copies the
+// disk by its extents must not skip them.
+func TestBlocksKeptInMemoryAreNoHoles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, doors, _, dn := shadowed(t, Config{})
+		defer closeGroup(g)
+		l := *g.lu()
+		l.Unmap, l.Zeroes = true, true
+		g.info.Store(&l)
+		b := doors[1].session()
+		g.paths[1].current.Store(&sessionBox{trimmed{b}})
+		const size = fakeBlocks * fakeBlock
+		hole := []block.Extent{{Len: size, Hole: true, Zero: true}}
+		require.Equal(t, hole, g.Extents(t.Context(), 0, size, 10))
+		submit(g, writeOf(dn, 2, 2))
+		endAll(b)
+		require.EqualValues(t, 1, g.ledger.shadow.used.Load())
+		require.Equal(t, []block.Extent{{Len: size}}, g.Extents(t.Context(), 0, size, 10))
 	})
 }
