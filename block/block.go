@@ -78,6 +78,7 @@ type Route struct {
 	Next    *Request // link in the one queue the request waits in
 	Start   int64    // monotonic ns at first submission
 	Parked  int64    // the same when it first had to wait for one certain path, 0: never
+	PutOff  int64    // the same when the device was first told to try again later, 0: never
 	Pos     int64    // bytes of Len already handed to attempts
 	Losses  uint32   // sessions that the device had lost when the first command went out
 	Tries   int32    // failed attempts so far

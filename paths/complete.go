@@ -286,6 +286,9 @@ func (g *Group) hopeless(r *block.Request, act *Action) bool {
 	if act.Err == nil {
 		return false
 	}
+	if r.Route.PutOff == 0 { // until then it may have waited for a path
+		r.Route.PutOff = now()
+	}
 	if act.Pause == 0 && r.Route.Tries > retriesHere {
 		act.Pause = pauseBusy
 	}
@@ -293,7 +296,7 @@ func (g *Group) hopeless(r *block.Request, act *Action) bool {
 		return true
 	}
 	most := g.retryTime()
-	return most > 0 && now()-r.Route.Start > int64(most)
+	return most > 0 && now()-r.Route.PutOff > int64(most)
 }
 
 // retryTime is how long a request may go on with a unit that answers but does

@@ -388,3 +388,43 @@ func TestNoPathRetryThatChangesWhileNoPathIsLeft(t *testing.T) {
 		})
 	}
 }
+
+// The time that a request waited for a path is not time that a unit refused it: one that
+// is just getting ready after its server came back has as long as ever.
+func TestUnitThatGetsReadyAfterAnOutageHasItsTime(t *testing.T) {
+	for _, ready := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, _ := newGroup(t, Config{NoPathRetry: 60, PollingInterval: 5 * time.Second}, 1, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			doors[0].set(true)
+			doors[0].session().Abort(errDoor)
+			synctest.Wait()
+			dn := newDone()
+			w := writeOf(dn, 1, 1)
+			submit(g, w)
+			rest(295 * time.Second)
+			doors[0].set(false)
+			rest(2 * time.Second)
+			for range 20 {
+				require.Len(t, doors[0].session().pending(), 1)
+				doors[0].session().end(0, "retry")
+				rest(2 * time.Second)
+			}
+			require.Zero(t, dn.count(w), "%v", w.Err)
+			if ready {
+				endAll(doors[0].session())
+				require.NoError(t, w.Err)
+				return
+			}
+			for range 140 {
+				if len(doors[0].session().pending()) > 0 {
+					doors[0].session().end(0, "retry")
+				}
+				rest(2 * time.Second)
+			}
+			require.Equal(t, 1, dn.count(w))
+			require.ErrorIs(t, w.Err, block.ErrIO)
+		})
+	}
+}
