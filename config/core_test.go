@@ -106,6 +106,36 @@ func TestBlacklistByNodeProtocolAndProduct(t *testing.T) {
 	}
 }
 
+// Negation, and what stands in a device block beside vendor and product, mean
+// what they mean to multipath-tools.
+func TestNegationInBlacklists(t *testing.T) {
+	lio := LU{WWID: "36001405a", Synonyms: []string{"1LIO-ORG_disk", "0LIO-ORG_disk_a"}, Vendor: "LIO-ORG", Product: "disk", Revision: "4.0"}
+	other := LU{WWID: "3600a098b", Synonyms: []string{"1NETAPP_LUN_b"}, Vendor: "NETAPP", Product: "LUN C-Mode", Revision: "9"}
+	for _, x := range []struct {
+		conf       string
+		lio, other bool // left alone
+	}{
+		{"blacklist {\n wwid \"!^36001405\"\n}\n", false, true}, // no other spelling of the unit makes it one of the others
+		{"blacklist {\n wwid \"!^1LIO-ORG\"\n}\n", false, true},
+		{"blacklist {\n wwid .*\n}\nblacklist_exceptions {\n wwid \"!^36001405\"\n}\n", true, false},
+		{"blacklist {\n wwid \"\\!|^36001405\"\n}\n", true, false},
+		{"blacklist {\n wwid \"\\!^36001405\"\n}\n", false, false}, // a plain !, which no ID has
+		{"blacklist {\n device {\n vendor \"!LIO-ORG\"\n }\n}\n", false, true},
+		{"blacklist {\n device {\n vendor NETAPP\n product \"!LUN\"\n }\n}\n", false, false},
+		{"blacklist {\n device {\n product \"!LUN\"\n }\n}\n", true, false},
+		{"blacklist {\n device {\n vendor .*\n }\n}\nblacklist_exceptions {\n device {\n vendor \"!NETAPP\"\n }\n}\n", false, true},
+		{"blacklist {\n device {\n vendor LIO\n revision 5\n }\n}\n", true, false},
+	} {
+		c := Parse("f", x.conf)
+		require.NoError(t, c.Err(), x.conf)
+		require.Equal(t, x.lio, c.Blacklisted(lio) != "", x.conf)
+		require.Equal(t, x.other, c.Blacklisted(other) != "", x.conf)
+	}
+	c := Parse("f", "blacklist_exceptions {\n device {\n vendor LIO\n revision 5\n }\n}\n")
+	require.Len(t, c.Warnings, 1)
+	require.Equal(t, "f:4: revision has no meaning in blacklist_exceptions device and is ignored", c.Warnings[0].Error())
+}
+
 // What only shows when a map is made is told by the check already, and keeps no
 // map from coming up.
 func TestPrioritizersAndSelectorsThatDoNotWorkAreToldWithTheirLine(t *testing.T) {

@@ -290,13 +290,14 @@ func (c *Config) For(lu LU) Settings {
 func (c *Config) Blacklisted(lu LU) string {
 	any := func(list []string, values ...string) string {
 		for _, p := range list {
-			for _, v := range values {
-				if hits(p, v) {
-					return p
-				}
+			if hits(p, values...) {
+				return p
 			}
 		}
 		return ""
+	}
+	excepted := func(lu LU) bool {
+		return slices.ContainsFunc(c.Exceptions.Device, func(x Section) bool { return listed(x, lu) })
 	}
 	if lu.Device != "" && any(c.Exceptions.Devnode, lu.Device) == "" {
 		for _, p := range append([]string{builtinDevnode}, c.Blacklist.Devnode...) {
@@ -306,12 +307,12 @@ func (c *Config) Blacklisted(lu LU) string {
 		}
 	}
 	for _, d := range c.Blacklist.Device {
-		if matches(d, lu) && !slices.ContainsFunc(c.Exceptions.Device, func(x Section) bool { return matches(x, lu) }) {
+		if listed(d, lu) && !excepted(lu) {
 			return fmt.Sprintf("blacklist device %q %q", d["vendor"], d["product"])
 		}
 	}
 	for _, d := range slices.Concat(builtin(), c.Devices) {
-		if x := d["product_blacklist"]; x != "" && matches(Section{"vendor": d["vendor"], "product": x}, lu) && !slices.ContainsFunc(c.Exceptions.Device, func(x Section) bool { return matches(x, lu) }) {
+		if x := d["product_blacklist"]; x != "" && listed(Section{"vendor": d["vendor"], "product": x}, lu) && !excepted(lu) {
 			return fmt.Sprintf("product_blacklist %q", x)
 		}
 	}
@@ -330,15 +331,21 @@ func (c *Config) Blacklisted(lu LU) string {
 // mpathd makes itself.
 const builtinDevnode = "!^(sd[a-z]|dasd[a-z]|nvme[0-9])"
 
-// hits matches a blacklist pattern; a leading ! negates.
-func hits(p, v string) bool {
+// listed tells whether a device block of a blacklist is about the unit.
+func listed(d Section, lu LU) bool {
+	in := func(p, v string) bool { return p == "" || hits(p, v) }
+	return (d["vendor"] != "" || d["product"] != "") && in(d["vendor"], lu.Vendor) && in(d["product"], lu.Product)
+}
+
+// hits matches a blacklist pattern with what are spellings of one thing; a
+// leading ! negates: then none of them may match. (`\!` is a plain !.)
+func hits(p string, spellings ...string) bool {
 	p, negated := strings.CutPrefix(p, "!")
-	p = strings.TrimPrefix(p, `\`+"!")
 	re, err := compile(p)
 	if err != nil {
 		return false
 	}
-	return re.MatchString(v) != negated
+	return slices.ContainsFunc(spellings, re.MatchString) != negated
 }
 
 // Effective is the defaults section with built-in values filled in.

@@ -264,7 +264,7 @@ func (p *parser) open(t token) {
 		s := Section{}
 		l := p.stack[len(p.stack)-1].list
 		l.Device = append(l.Device, s)
-		b.scope, b.into = "V", s
+		b.name, b.scope, b.into = parent+" device", "V", s
 	case "/devices", "/multipaths":
 	case "devices/device":
 		b.scope, b.into = "V", Section{}
@@ -373,6 +373,9 @@ func (p *parser) option(b *block, t, v token) {
 		name = s
 	}
 	o := find(name, b.scope)
+	if len(p.stack) > 1 && p.stack[len(p.stack)-2].list != nil && name != "vendor" && name != "product" {
+		o = nil // a blacklist's device has these two alone: a third would narrow it
+	}
 	if o == nil {
 		for _, x := range options {
 			if x.name == name {
