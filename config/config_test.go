@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -233,6 +234,24 @@ multipaths {
 	require.Equal(t, -1, s.NoPathRetry)
 	require.True(t, s.Named)
 	require.Equal(t, "tur", c.For(LU{Vendor: "other"}).Checker)
+}
+
+func TestEachIntervalFollowsTheOther(t *testing.T) {
+	for _, x := range []struct {
+		conf              string
+		shortest, longest time.Duration
+	}{
+		{"", 5, 20}, {" polling_interval 10\n", 10, 40}, {" max_polling_interval 40\n", 10, 40}, {" max_polling_interval 3\n", 1, 3},
+		{" polling_interval 30\n max_polling_interval 12\n", 12, 12}, {" polling_interval 2\n max_polling_interval 3\n", 2, 3},
+	} {
+		c := Parse("f", "defaults {\n"+x.conf+"}\n")
+		s := c.For(LU{})
+		require.Equal(t, x.shortest*time.Second, s.PollingInterval, x.conf)
+		require.Equal(t, x.longest*time.Second, s.MaxPollingInterval, x.conf)
+		e := c.Effective()
+		require.Equal(t, fmt.Sprint(int(x.shortest)), e["polling_interval"], x.conf)
+		require.Equal(t, fmt.Sprint(int(x.longest)), e["max_polling_interval"], x.conf)
+	}
 }
 
 func TestHardwareTableBeatsDefaultsAndLosesToDevices(t *testing.T) {

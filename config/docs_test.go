@@ -46,7 +46,7 @@ func TestDocumentedOptionsAreTheParsers(t *testing.T) {
 // means is what each honoured option does.
 var means = map[string]string{
 	"polling_interval":                   "seconds between checks of a path that changed or is bad",
-	"max_polling_interval":               "seconds between checks of a path that stays good; the interval doubles up to it. Only this given: polling_interval is a quarter of it",
+	"max_polling_interval":               "seconds between checks of a path that stays good; the interval doubles up to it. Only this given: polling_interval is a quarter of it; only polling_interval given: four times that",
 	"path_grouping_policy":               "failover, multibus, group_by_serial, group_by_prio, group_by_node_name (target name) or group_by_tpg",
 	"path_selector":                      "round-robin, queue-length, service-time or historical-service-time, with the number of its arguments; also failover: the first path",
 	"path_checker":                       "how a path is asked whether it is usable: tur, readsector0, directio, none, rdac, emc_clariion, hp_sw",

@@ -241,17 +241,9 @@ func (c *Config) For(lu LU) Settings {
 	default:
 		s.NoPathRetry, _ = strconv.Atoi(r)
 	}
-	s.PollingInterval, s.MaxPollingInterval, s.CheckTimeout = seconds("polling_interval"), seconds("max_polling_interval"), seconds("checker_timeout")
-	_, poll := c.Defaults["polling_interval"]
-	_, most := c.Defaults["max_polling_interval"]
-	switch {
-	case poll && !most:
-		s.MaxPollingInterval = 4 * s.PollingInterval
-	case most && !poll:
-		s.PollingInterval = max(s.MaxPollingInterval/4, time.Second)
-	case s.PollingInterval > s.MaxPollingInterval:
-		s.PollingInterval = s.MaxPollingInterval
-	}
+	s.CheckTimeout = seconds("checker_timeout")
+	shortest, longest := intervals(v, c.Defaults)
+	s.PollingInterval, s.MaxPollingInterval = time.Duration(shortest)*time.Second, time.Duration(longest)*time.Second
 	s.Protection, s.FenceCommand, s.NBDDevice = v["ghost_protection"], v["fence_command"], v["nbd_device"]
 	s.MaxIO = int64(count("max_sectors_kb")) << 10
 	s.AutoResize, s.GrayPaths, s.FenceBy = v["auto_resize"], v["gray_paths"], v["fence_by"]
@@ -283,6 +275,21 @@ func (c *Config) For(lu LU) Settings {
 	s.Waits = yes("reinstatement_waits")
 	s.Replicated, s.MultibusServers = yes("replicated"), yes("multibus_servers")
 	return s
+}
+
+// intervals are the shortest and the longest time between checks in seconds, of
+// all settings and those that the file says: what it does not say follows what it
+// does.
+func intervals(v, said Section) (shortest, longest int) {
+	shortest, _ = strconv.Atoi(v["polling_interval"])
+	longest, _ = strconv.Atoi(v["max_polling_interval"])
+	switch {
+	case said["polling_interval"] != "" && said["max_polling_interval"] == "":
+		longest = 4 * shortest
+	case said["polling_interval"] == "" && said["max_polling_interval"] != "":
+		shortest = max(longest/4, 1)
+	}
+	return min(shortest, longest), longest
 }
 
 // Blacklisted tells why a unit must be left alone, or "". An exception protects
@@ -358,6 +365,20 @@ func (c *Config) Effective() Section {
 	}
 	for k, v := range canonical(c.Defaults) {
 		out[k] = v
+	}
+	shortest, longest := intervals(out, c.Defaults)
+	out["polling_interval"], out["max_polling_interval"] = strconv.Itoa(shortest), strconv.Itoa(longest)
+	return out
+}
+
+// Detected are the keywords whose built-in value holds, and yields to what a unit
+// says of itself: what a file says does not.
+func (c *Config) Detected() (out []string) {
+	said := canonical(c.Defaults)
+	for _, k := range []string{"path_checker", "path_grouping_policy"} {
+		if said[k] == "" {
+			out = append(out, k)
+		}
 	}
 	return out
 }

@@ -87,7 +87,12 @@ func printConfig(w io.Writer, c *config.Config) {
 	}
 	fmt.Fprintln(w, "}")
 	section("", "nbd", c.NBD)
-	section("", "defaults", c.Effective())
+	defaults := c.Effective()
+	for _, k := range c.Detected() { // as a setting it would switch the detection off
+		defaults["# "+k] = defaults[k]
+		delete(defaults, k)
+	}
+	section("", "defaults", defaults)
 	for _, b := range []struct {
 		name string
 		list config.Criteria

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -31,4 +32,23 @@ func TestPathsOfABlacklistAreRefused(t *testing.T) {
 	require.Contains(t, refused(`protocol "scsi:iscsi"`, session), "protocol")
 	require.Empty(t, refused(`protocol "scsi:iscsi"`, disk))
 	require.Contains(t, refused(`protocol "scsi:unspec"`, disk), "protocol")
+}
+
+// Who takes what is printed for a configuration has the same one.
+func TestWhatIsPrintedReadsBack(t *testing.T) {
+	for _, conf := range []string{"", "defaults {\n polling_interval 10\n}\n", "defaults {\n max_polling_interval 40\n}\n", "defaults {\n path_grouping_policy failover\n checker directio\n}\n",
+		"devices {\n device {\n vendor V\n product \"a \"\"b\"\"\"\n failback 7\n }\n}\noverrides {\n prio random\n}\n"} {
+		c := config.Parse("f", conf)
+		require.Empty(t, c.Errors)
+		var b strings.Builder
+		printConfig(&b, c)
+		again := config.Parse("printed", b.String())
+		require.Empty(t, again.Errors)
+		for _, lu := range []config.LU{{WWID: "w"}, {WWID: "w", ALUA: true}, {WWID: "w", Vendor: "3PARdata", Product: "VV", ALUA: true}, {WWID: "w", Vendor: "V", Product: `a "b"`}} {
+			require.Equal(t, c.For(lu), again.For(lu), "%s\n%+v", conf, lu)
+		}
+		var twice strings.Builder
+		printConfig(&twice, again)
+		require.Equal(t, b.String(), twice.String())
+	}
 }
