@@ -105,6 +105,19 @@ func TestGrammar(t *testing.T) {
 	require.Equal(t, []string{"!^sd"}, c.Blacklist.Devnode)
 }
 
+// Whatever ends the lines of a file, no line hides in the comment before it.
+func TestLineEnds(t *testing.T) {
+	const text = "# comment\ndefaults {\n polling_interval 7 # seven\n failback 3\n nonsense x\n}\n"
+	for _, end := range []string{"\n", "\r\n", "\r"} {
+		c := Parse("f", strings.ReplaceAll(text, "\n", end))
+		require.Empty(t, errorsOf(c), "%q", end)
+		require.Equal(t, "7", c.Defaults["polling_interval"], "%q", end)
+		require.Equal(t, "3", c.Defaults["failback"], "%q", end)
+		require.Len(t, c.Warnings, 1)
+		require.Equal(t, 5, c.Warnings[0].Line, "%q", end)
+	}
+}
+
 // The sections of our own may be written on one line, and several settings too.
 func TestOwnSectionsOnOneLine(t *testing.T) {
 	c := Parse("f", `initiator { discover 192.0.2.1 failover_time 2s

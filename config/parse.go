@@ -139,16 +139,19 @@ func (c *Config) read(path string) error {
 	return nil
 }
 
+// lineEnds makes one kind of all: a lone CR ends a line too.
+var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n")
+
 func (c *Config) parse(name, text string) {
 	p := &parser{c: c, file: name}
-	for _, l := range strings.Split(text, "\n") {
+	for _, l := range strings.Split(lineEnds.Replace(text), "\n") {
 		p.line++
-		p.src = strings.TrimRight(l, "\r")
+		p.src = l
 		if len(p.src) > maxLine {
 			p.fail(1, "the line is longer than %d bytes", maxLine)
 			continue
 		}
-		p.one(strings.ReplaceAll(p.src, "\r", " "))
+		p.one(p.src)
 	}
 	if p.skip > 0 { // it has swallowed the rest of the file
 		p.stack = append(p.stack, p.skipped)
