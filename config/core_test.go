@@ -162,6 +162,36 @@ func TestPrioritizersAndSelectorsThatDoNotWorkAreToldWithTheirLine(t *testing.T)
 	require.Equal(t, "devname . 7", c.For(LU{}).PrioArgs)
 }
 
+// Values that multipath-tools takes are no errors, whatever they do here.
+func TestValuesOfMultipathTools(t *testing.T) {
+	c := Parse("f", "defaults {\n checker_timeout 0\n dev_loss_tmo 4294967295\n}\n")
+	require.NoError(t, c.Err())
+	require.Equal(t, 30*time.Second, c.For(LU{}).CheckTimeout)
+}
+
+func TestAliasOfTwoSpellings(t *testing.T) {
+	c := Parse("f", "multipaths {\n multipath {\n wwid 36001\n alias a\n }\n multipath {\n wwid 1LIO_x\n no_path_retry 3\n }\n}\n")
+	require.NoError(t, c.Err())
+	s := c.For(LU{WWID: "36001", Synonyms: []string{"1LIO_x"}})
+	require.Equal(t, "a", s.Alias)
+	require.Equal(t, 3, s.NoPathRetry)
+}
+
+// What glibc and Go write in different ways.
+func TestExpressionsAreGlibcs(t *testing.T) {
+	for _, x := range []struct {
+		pattern, text string
+		matches       bool
+	}{
+		{"^a{,3}b", "aaab", true}, {"^a{,3}b", "aaaab", false}, {"^a{,}b$", "aaaab", true}, {"^a{2,}b", "ab", false}, {"a{,2}", "a{,2}", true},
+		{"^hd[a-z][[0-9]*]", "hda5]", true}, {`^[a\]]`, `\]`, true}, {`\<foo\>`, "a foo b", true}, {"a**b", "b", true},
+	} {
+		re, err := compile(x.pattern)
+		require.NoError(t, err, x.pattern)
+		require.Equal(t, x.matches, re.MatchString(x.text), "%s %s", x.pattern, x.text)
+	}
+}
+
 func TestProtocolBlocksNameATransport(t *testing.T) {
 	block := func(line string) *Config { return Parse("f", "overrides {\n protocol {\n"+line+"\n }\n}\n") }
 	require.NoError(t, block(` type "scsi:iscsi"`).Err())

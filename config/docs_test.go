@@ -50,7 +50,7 @@ var means = map[string]string{
 	"path_grouping_policy":               "failover, multibus, group_by_serial, group_by_prio, group_by_node_name (target name) or group_by_tpg",
 	"path_selector":                      "round-robin, queue-length, service-time or historical-service-time, with the number of its arguments; also failover: the first path",
 	"path_checker":                       "how a path is asked whether it is usable: tur, readsector0, directio, none, rdac, emc_clariion, hp_sw",
-	"checker_timeout":                    "seconds for a check, for identification and for prioritizers",
+	"checker_timeout":                    "seconds for a check, for identification and for prioritizers; 0 is 30",
 	"ghost_delay":                        "seconds for which a map that comes up waits for a better path before it has an array move the unit to a passive one; no does not wait",
 	"failback":                           "whether I/O returns to the best group: immediate, manual, followover, or after that many seconds. Unset: immediate, over several target names manual",
 	"no_path_retry":                      "what I/O does when no path is left: fail, queue, or queue for that many polling intervals and then fail until a path is back",

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	_ "embed"
 	"fmt"
 	"slices"
@@ -175,7 +176,7 @@ func (c *Config) For(lu LU) Settings {
 	for _, m := range c.Multipaths {
 		if m["wwid"] == lu.WWID || slices.Contains(lu.Synonyms, m["wwid"]) {
 			take(m)
-			s.Named, s.Alias = true, m["alias"]
+			s.Named, s.Alias = true, cmp.Or(m["alias"], s.Alias)
 		}
 	}
 	seconds := func(k string) time.Duration {
@@ -241,7 +242,9 @@ func (c *Config) For(lu LU) Settings {
 	default:
 		s.NoPathRetry, _ = strconv.Atoi(r)
 	}
-	s.CheckTimeout = seconds("checker_timeout")
+	if s.CheckTimeout = seconds("checker_timeout"); s.CheckTimeout == 0 {
+		s.CheckTimeout = 30 * time.Second
+	}
 	shortest, longest := intervals(v, c.Defaults)
 	s.PollingInterval, s.MaxPollingInterval = time.Duration(shortest)*time.Second, time.Duration(longest)*time.Second
 	s.Protection, s.FenceCommand, s.NBDDevice = v["ghost_protection"], v["fence_command"], v["nbd_device"]

@@ -55,7 +55,10 @@ func compile(pattern string) (*regexp.Regexp, error) {
 				last = 0
 				break
 			}
-			out.WriteString(pattern[i : i+end+1])
+			if out.WriteByte(c); pattern[i+1] == ',' { // for Go a literal
+				out.WriteByte('0')
+			}
+			out.WriteString(pattern[i+1 : i+end+1])
 			i += end + 1
 			last = '*' // no further repetition after it
 			continue

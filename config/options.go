@@ -169,7 +169,7 @@ var options = []option{
 	}, "", "failover"},
 	{"path_selector", "DVMO", pathSelector, "", "service-time 0"},
 	{"path_checker", "DVMO", oneOf("tur", "readsector0", "directio", "none", "emc_clariion", "hp_sw", "rdac", "cciss_tur"), "", "tur"},
-	{"checker_timeout", "D", number(1, 3600), "", "30"},
+	{"checker_timeout", "D", number(0, 3600), "", "30"},
 	{"failback", "DVMO", numberOr(0, 86400, "immediate", "manual", "followover"), "", ""}, // paths.Config.Failback
 	{"no_path_retry", "DVMO", numberOr(0, 1<<20, "fail", "queue"), "", "queue"},
 	{"user_friendly_names", "DVMO", yesNo, "", "no"},
@@ -239,7 +239,7 @@ var options = []option{
 	{"ghost_delay", "DVMO", numberOr(0, 3600, "no"), "", "3"},
 	{"max_sectors_kb", "DVMO", number(4, 1<<20), "", ""},
 	{"fast_io_fail_tmo", "DVOP", numberOr(0, 1<<31, "off"), "failover_time of the initiator section decides", ""},
-	{"dev_loss_tmo", "DVOP", numberOr(0, 1<<31, "infinity"), fc, ""},
+	{"dev_loss_tmo", "DVOP", numberOr(0, 1<<32-1, "infinity"), fc, ""},
 	{"eh_deadline", "DVOP", numberOr(0, 1<<31, "off"), "the kernel's SCSI layer plays no part", ""},
 	{"max_retries", "D", numberOr(0, 5, "off"), "the kernel's SCSI layer plays no part", ""},
 	{"type", "P", func(v string) error { return strictly(v, protocols...) }, "", ""},
