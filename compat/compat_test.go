@@ -120,7 +120,7 @@ func TestActions(t *testing.T) {
 	d := &fakeDaemon{view: peerState()}
 	for cmd, want := range map[string]string{
 		"fail path sda": "fail /dev/sda", "fail path 8:16": "fail /dev/sdb", "fail path /dev/sda": "fail /dev/sda", "reinstate path sdb": "reinstate /dev/sdb",
-		"switch map dm-0 group 1": "switch 1Linux_scsi_debug_2000 1", "disablequeueing map mpatha": "queue 1Linux_scsi_debug_2000 false", "restorequeueing maps": "queue 1Linux_scsi_debug_2000 true",
+		"switch map dm-0 group 1": "switch 1Linux_scsi_debug_2000 1", "disablequeueing map mpatha": "stop 1Linux_scsi_debug_2000", "restorequeueing maps": "restore 1Linux_scsi_debug_2000",
 		"resize map mpatha": "resize 1Linux_scsi_debug_2000", "reconfigure all": "reconfigure",
 	} {
 		d.did = nil

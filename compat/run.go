@@ -19,7 +19,8 @@ type Daemon interface {
 	FailPath(name string) error
 	ReinstatePath(name string) error
 	SwitchGroup(mapName string, group int) error
-	SetQueueing(mapName string, on bool) error
+	StopQueueing(mapName string) error
+	RestoreQueueing(mapName string) error // to what the configuration says
 	Resize(mapName string) error
 	Reconfigure() error
 	Shutdown() error
@@ -220,15 +221,10 @@ func act(d Daemon, c *command) error {
 		}
 		return f(name)
 	}
-	// The peer's restorequeueing returns to what the configuration says; one
-	// that says fail keeps failing.
-	queue := func(on bool) error {
-		if c.params["map"] != "" {
-			return aMap(func(name string) error { return d.SetQueueing(name, on) })
-		}
+	allMaps := func(f func(name string) error) error {
 		var all []error
 		for i := range v.Maps {
-			all = append(all, d.SetQueueing(v.Maps[i].WWID, on))
+			all = append(all, f(v.Maps[i].WWID))
 		}
 		return errors.Join(all...)
 	}
@@ -243,10 +239,14 @@ func act(d Daemon, c *command) error {
 			return fmt.Errorf("group %q: want its number, counted from 1", c.params["group"])
 		}
 		return aMap(func(name string) error { return d.SwitchGroup(name, n) })
-	case "disablequeueing map", "disablequeueing maps":
-		return queue(false)
-	case "map restorequeueing", "maps restorequeueing":
-		return queue(true)
+	case "disablequeueing map":
+		return aMap(d.StopQueueing)
+	case "disablequeueing maps":
+		return allMaps(d.StopQueueing)
+	case "map restorequeueing":
+		return aMap(d.RestoreQueueing)
+	case "maps restorequeueing":
+		return allMaps(d.RestoreQueueing)
 	case "map resize":
 		return aMap(d.Resize)
 	case "reconfigure", "all reconfigure":

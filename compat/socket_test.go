@@ -31,16 +31,17 @@ func (d *fakeDaemon) note(format string, a ...any) error {
 	return d.err
 }
 
-func (d *fakeDaemon) View() View                          { return d.view }
-func (d *fakeDaemon) Config(bool) string                  { return "defaults {\n}\n" }
-func (d *fakeDaemon) Blacklist() string                   { return NoBlacklist }
-func (d *fakeDaemon) FailPath(n string) error             { return d.note("fail %s", n) }
-func (d *fakeDaemon) ReinstatePath(n string) error        { return d.note("reinstate %s", n) }
-func (d *fakeDaemon) SwitchGroup(n string, g int) error   { return d.note("switch %s %d", n, g) }
-func (d *fakeDaemon) SetQueueing(n string, on bool) error { return d.note("queue %s %v", n, on) }
-func (d *fakeDaemon) Resize(n string) error               { return d.note("resize %s", n) }
-func (d *fakeDaemon) Reconfigure() error                  { return d.note("reconfigure") }
-func (d *fakeDaemon) Shutdown() error                     { return d.note("shutdown") }
+func (d *fakeDaemon) View() View                        { return d.view }
+func (d *fakeDaemon) Config(bool) string                { return "defaults {\n}\n" }
+func (d *fakeDaemon) Blacklist() string                 { return NoBlacklist }
+func (d *fakeDaemon) FailPath(n string) error           { return d.note("fail %s", n) }
+func (d *fakeDaemon) ReinstatePath(n string) error      { return d.note("reinstate %s", n) }
+func (d *fakeDaemon) SwitchGroup(n string, g int) error { return d.note("switch %s %d", n, g) }
+func (d *fakeDaemon) StopQueueing(n string) error       { return d.note("stop %s", n) }
+func (d *fakeDaemon) RestoreQueueing(n string) error    { return d.note("restore %s", n) }
+func (d *fakeDaemon) Resize(n string) error             { return d.note("resize %s", n) }
+func (d *fakeDaemon) Reconfigure() error                { return d.note("reconfigure") }
+func (d *fakeDaemon) Shutdown() error                   { return d.note("shutdown") }
 func serve(t *testing.T, run func(string) string) (addr string) {
 	t.Helper()
 	addr = filepath.Join(t.TempDir(), "s")

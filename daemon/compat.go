@@ -82,12 +82,20 @@ func (l legacy) SwitchGroup(name string, n int) error {
 	return m.group.Switch(n)
 }
 
-func (l legacy) SetQueueing(name string, on bool) error {
+func (l legacy) StopQueueing(name string) error {
+	return l.onGroup(name, func(g *paths.Group) { g.SetQueueing(false) })
+}
+
+func (l legacy) RestoreQueueing(name string) error {
+	return l.onGroup(name, (*paths.Group).RestoreQueueing)
+}
+
+func (l legacy) onGroup(name string, f func(*paths.Group)) error {
 	m, err := l.d.find(name)
 	if err != nil {
 		return err
 	}
-	m.group.SetQueueing(on)
+	f(m.group)
 	return nil
 }
 

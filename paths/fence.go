@@ -112,6 +112,12 @@ func (g *Group) fenceRequest(e *epoch) FenceRequest {
 // despair fails the requests that wait for e, and from now on those that would
 // have to: the map is one that does not queue for ever.
 func (g *Group) despair(e *epoch) {
+	g.mu.Lock()
+	retry := g.retryText() // as it is now
+	g.mu.Unlock()
+	if retry == "queue" {
+		return
+	}
 	g.ledger.mu.Lock()
 	before := e.hopeless
 	e.hopeless = true
@@ -119,7 +125,7 @@ func (g *Group) despair(e *epoch) {
 	if before {
 		return
 	}
-	g.log.Error("old session not fenced in time: writes that overlap what it may still write fail", "path", e.name, "no_path_retry", g.retryText())
+	g.log.Error("old session not fenced in time: writes that overlap what it may still write fail", "path", e.name, "no_path_retry", retry)
 	g.failHeld(nil) // those of e find it hopeless
 }
 

@@ -371,7 +371,9 @@ func TestParkedFlushWaitsItsOwnTime(t *testing.T) {
 		require.Zero(t, dn.count(fourth))
 		c.NoPathRetry = 1
 		require.NoError(t, g.Reconfigure(c))
-		rest(time.Second)
+		rest(4 * time.Second)
+		require.Zero(t, dn.count(fourth), "the new time begins when it is configured")
+		rest(2 * time.Second)
 		require.ErrorIs(t, fourth.Err, block.ErrIO)
 	})
 }

@@ -330,6 +330,7 @@ func (g *Group) publish() {
 	old := g.table.Swap(t)
 	switch {
 	case len(t.all) > 0:
+		g.failing = false
 		if !g.noPathSince.IsZero() {
 			g.noPath += time.Since(g.noPathSince)
 			g.noPathSince = time.Time{}
@@ -339,37 +340,54 @@ func (g *Group) publish() {
 		g.noPathSince = time.Now()
 		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
 	}
-	g.limitQueueing()
+	g.mindRetry()
 }
 
-// limitQueueing follows no_path_retry, which may be another one since the last path
-// went. Caller holds mu.
-func (g *Group) limitQueueing() {
-	c := g.cfg()
-	limited := !g.noPathSince.IsZero() && c.NoPathRetry > 0 && g.forced == 0 && !g.closed
-	end := g.noPathSince.Add(time.Duration(c.NoPathRetry) * c.PollingInterval)
-	if g.giveUp != nil {
-		if limited && end.Equal(g.giveUpAt) {
-			return
+// mindRetry begins the wait of no_path_retry where queueing is to end after it,
+// and ends it where it is not. Caller holds mu.
+func (g *Group) mindRetry() {
+	n := g.cfg().NoPathRetry
+	if n <= 0 || g.forced != 0 || g.failing || g.noPathSince.IsZero() || g.closed {
+		if g.giveUp != nil {
+			g.giveUp.Stop()
+			g.giveUp = nil
 		}
+		return
+	}
+	if g.giveUp == nil {
+		wait := time.Duration(n) * g.cfg().PollingInterval
+		g.giveUpAt = time.Now().Add(wait)
+		g.giveUp = time.AfterFunc(wait, g.stopQueueing)
+	}
+}
+
+// retryAnew begins no_path_retry from its start: what is said about it changed.
+// It tells whether what is held can only fail now. Caller holds mu, and restarts
+// what waits.
+func (g *Group) retryAnew() (hopeless bool) {
+	if g.giveUp != nil {
 		g.giveUp.Stop()
 		g.giveUp = nil
 	}
 	g.failing = false
-	if limited {
-		g.giveUp, g.giveUpAt = time.AfterFunc(time.Until(end), g.stopQueueing), end
+	g.mindRetry()
+	for r := g.parked; r != nil; r = r.Route.Next {
+		r.Route.Parked = now()
 	}
+	g.timeParked()
+	return !g.noPathSince.IsZero() && !g.queueing()
 }
 
+// retryText is what holds without a path: the operator's word, or no_path_retry.
 func (g *Group) retryText() string {
-	switch n := g.cfg().NoPathRetry; n {
-	case Queue:
+	n := g.cfg().NoPathRetry
+	switch {
+	case g.forced > 0 || g.forced == 0 && n == Queue:
 		return "queue"
-	case Fail:
+	case g.forced < 0 || n == Fail:
 		return "fail"
-	default:
-		return fmt.Sprint(n)
 	}
+	return fmt.Sprint(n)
 }
 
 // queueing tells whether requests wait when no path is left. Caller holds mu.
@@ -385,16 +403,18 @@ func (g *Group) queueing() bool {
 
 func (g *Group) stopQueueing() {
 	g.mu.Lock()
-	if g.giveUp == nil || time.Now().Before(g.giveUpAt) { // there is another limit just now, or none
+	if g.giveUp == nil || time.Now().Before(g.giveUpAt) { // ended, or begun anew, just now
 		g.mu.Unlock()
 		return
 	}
+	g.giveUp = nil
 	g.failing = true
 	g.queueTimeouts++
+	retry := g.retryText()
 	g.mu.Unlock()
 	g.restart()
 	g.failHeld(block.ErrNoPath)
-	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", g.retryText())
+	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", retry)
 }
 
 func errServers(alias, a, b string) error {

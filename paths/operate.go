@@ -10,20 +10,29 @@ import (
 
 // What the operator can do to a running map.
 
-// SetQueueing overrides no_path_retry until the daemon restarts.
+// SetQueueing overrides no_path_retry until RestoreQueueing or the end of the
+// daemon.
 func (g *Group) SetQueueing(on bool) {
-	g.mu.Lock()
-	g.forced = -1
 	if on {
-		g.forced = 1
+		g.force(1, "queueing switched on")
+	} else {
+		g.force(-1, "queueing switched off")
 	}
-	hopeless := !on && len(g.table.Load().all) == 0
+}
+
+// RestoreQueueing lets no_path_retry decide again, from its start.
+func (g *Group) RestoreQueueing() { g.force(0, "queueing restored") }
+
+func (g *Group) force(how int, say string) {
+	g.mu.Lock()
+	g.forced = how
 	pol := *g.cfg() // the same, but fences have to look again
 	pol.replaced = make(chan struct{})
 	close(g.policy.Swap(&pol).replaced)
-	g.limitQueueing()
+	hopeless := g.retryAnew()
+	retry := g.retryText()
 	g.mu.Unlock()
-	g.log.Info(map[bool]string{true: "queueing switched on", false: "queueing switched off"}[on], "cause", "the operator")
+	g.log.Info(say, "cause", "the operator", "no_path_retry", retry)
 	g.restart()
 	if hopeless {
 		g.failHeld(block.ErrNoPath)
@@ -68,8 +77,15 @@ func (g *Group) Reconfigure(c Config) error {
 	g.maxIO.Store(g.largest(g.lu()))
 	g.decideThrough()
 	g.publish()
+	hopeless := false
+	if pol.NoPathRetry != old.NoPathRetry || pol.PollingInterval != old.PollingInterval {
+		hopeless = g.retryAnew()
+	}
 	g.mu.Unlock()
 	g.restart()
+	if hopeless {
+		g.failHeld(block.ErrNoPath)
+	}
 	if pol.Protection != old.Protection {
 		g.failHeld(nil)   // goes on; what the new mode still holds is held again
 		g.rewriteShadow() // Off waits for no fence
