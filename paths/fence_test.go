@@ -233,6 +233,7 @@ func TestTwoServersAreStickyUnlessFailbackIsAskedFor(t *testing.T) {
 			require.Equal(t, 2, g.Snapshot().Paths.Usable)
 			want := map[string]string{"": "B", Immediate: "A"}[failback]
 			require.Equal(t, want, g.table.Load().paths[0].Name)
+			require.Equal(t, map[string]string{"": Manual, Immediate: Immediate}[failback], g.Snapshot().Failback)
 		})
 	}
 }

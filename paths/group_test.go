@@ -171,6 +171,7 @@ func TestFailbackImmediateAndManual(t *testing.T) {
 			doors[0].session().Abort(errDoor)
 			time.Sleep(10 * time.Second)
 			serving := g.table.Load().paths[0].Name
+			require.Equal(t, map[bool]string{true: Manual, false: Immediate}[manual], g.Snapshot().Failback)
 			if manual {
 				require.Equal(t, "B", serving)
 				require.NoError(t, g.FailPath("B"))

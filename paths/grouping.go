@@ -180,10 +180,9 @@ func (g *Group) choose(groups []*pathGroup, usable, came func(*Path) bool) *path
 	case time.Since(g.begun) < settleTime && slices.ContainsFunc(to.paths, func(p *Path) bool { return came(p) && p.failures.Load() == 0 }):
 		// The map is just coming up, in whatever order its paths log in.
 		g.why = "a better path came up for the first time"
-	case g.cfg().Failback == Manual || g.cfg().Failback == "" && g.servers() > 1:
-		// Of two servers each move risks what the other still has under way.
+	case g.failbackMode() == Manual:
 		return now
-	case g.cfg().Failback == Followover:
+	case g.failbackMode() == Followover:
 		// A cluster's peer may have moved the array on purpose: go back only
 		// if it was the loss of our paths there that made us leave.
 		first := slices.ContainsFunc(to.paths, came) && !slices.ContainsFunc(to.paths, func(p *Path) bool { return usable(p) && !came(p) })
@@ -203,6 +202,18 @@ func (g *Group) choose(groups []*pathGroup, usable, came func(*Path) bool) *path
 		g.stopFailback()
 	}
 	return to
+}
+
+// failbackMode is the word in force. Of two servers each move risks what the
+// other still has under way: unasked it is not made. Caller holds mu.
+func (g *Group) failbackMode() string {
+	switch {
+	case g.cfg().Failback != "":
+		return g.cfg().Failback
+	case g.servers() > 1:
+		return Manual
+	}
+	return Immediate
 }
 
 const noneUsable = "no path of the group is usable"

@@ -1,7 +1,6 @@
 package paths
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"math/bits"
@@ -194,7 +193,7 @@ func (g *Group) Snapshot() MapStatus {
 	m.Totals = Totals{Failed: g.failedUp.Load(), GroupSwitches: g.groupSwitches, Hedged: g.hedges.Load(), HedgesWon: g.hedgesWon.Load(), Retried: Timing{&g.retried}, Time: Timing{&g.requests.time}, Queue: Timing{&g.requests.queue}}
 	m.Totals.Requests, m.Totals.InFlight = g.requests.status()
 	m.Revision, m.Retry, m.MaxIO = g.lu().Revision, g.retryText(), g.maxIO.Load()
-	m.Failback = cmp.Or(g.cfg().Failback, Manual)
+	m.Failback = g.failbackMode()
 	if g.cfg().FailbackAfter > 0 {
 		m.Failback = fmt.Sprint(int(g.cfg().FailbackAfter.Seconds()))
 	}
