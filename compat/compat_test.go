@@ -137,6 +137,25 @@ func TestActions(t *testing.T) {
 	require.Contains(t, Run(d, "bogus \n"), "bogus \n: not found\n")
 }
 
+func TestMapsByTheirLinks(t *testing.T) {
+	v := peerState()
+	for _, word := range []string{"mpatha", "/dev/mpath/mpatha", "/dev/mapper/mpatha", "/dev/dm-0", "dm-0", "1Linux_scsi_debug_2000"} {
+		require.NotNil(t, v.find(word), word)
+		require.NotEmpty(t, Topology(&v, word, TopologyStyle{}), word)
+	}
+	require.Nil(t, v.find("/dev/mpath/mpathb"))
+}
+
+// A portal that does not answer is no path: it would be counted, and its name
+// has blanks, which shift the columns of those who cut them.
+func TestPortalsAreNoPaths(t *testing.T) {
+	v := View{Pending: []Pending{{"discovery at 192.0.2.1:3260", "no answer"}, {"iscsi://192.0.2.1/iqn.a:b/0", "no answer"}}}
+	d := &fakeDaemon{view: v}
+	require.Equal(t, "iscsi://192.0.2.1/iqn.a:b/0 [orphan]\n", Run(d, `show paths raw format "%d %m"`))
+	require.Contains(t, Run(d, "show status"), "\npaths: 1\n")
+	require.NotContains(t, Run(d, "show devices"), "discovery")
+}
+
 func FuzzRun(f *testing.F) {
 	for _, s := range []string{"show paths", `show paths format "%d %"`, `fail path "`, "list map mpatha raw format %n%%%", "show map", "switch map mpatha group 99999999999999999999"} {
 		f.Add(s)

@@ -14,7 +14,7 @@ type View struct {
 	Pending []Pending
 }
 
-// Pending is a PATH-URL that is in no map yet.
+// Pending is a PATH-URL that is in no map yet, or a portal in words.
 type Pending struct{ URL, Cause string }
 
 const undefined = "[undef]" // as the peer prints what it does not know
@@ -48,6 +48,9 @@ func (v *View) rows() (out []row) {
 		}
 	}
 	for _, p := range v.Pending {
+		if !strings.Contains(p.URL, "://") { // a portal that is asked for targets is no path
+			continue
+		}
 		out = append(out, row{orphan: p.URL, n: len(out)})
 	}
 	return out

@@ -95,8 +95,12 @@ func Topology(v *View, only string, style TopologyStyle) string {
 	return b.String()
 }
 
-// names tells whether a word means the map: its alias, WWID or device.
+// names tells whether a word means the map: its alias, WWID or device, or the
+// alias where we and the peer have a link of that name.
 func names(m *paths.MapStatus, word string) bool {
+	for _, dir := range []string{"/dev/mpath/", "/dev/mapper/"} {
+		word = strings.TrimPrefix(word, dir)
+	}
 	return word == m.Alias || word == m.WWID || m.NBD.Device != "" && (word == m.NBD.Device || "/dev/"+word == m.NBD.Device)
 }
 
