@@ -283,6 +283,22 @@ func TestHardwareTableBeatsDefaultsAndLosesToDevices(t *testing.T) {
 	}
 }
 
+// A section that a later file goes on with counts as being there, after what
+// stood between.
+func TestSectionsOfOneTextAreThatOfTheLast(t *testing.T) {
+	const device = " device {\n vendor %s\n product %s\n %s\n }\n"
+	c := Parse("f", "devices {\n"+fmt.Sprintf(device, "IET", "VIRTUAL-DISK", "no_path_retry 1\n failback 9")+fmt.Sprintf(device, "IET", ".*", "no_path_retry 2")+"}\ndevices {\n"+
+		fmt.Sprintf(device, "IET", "VIRTUAL-DISK", "no_path_retry 3")+"}\n")
+	require.NoError(t, c.Err())
+	require.Len(t, c.Devices, 2)
+	s := c.For(LU{Vendor: "IET", Product: "VIRTUAL-DISK"})
+	require.Equal(t, 3, s.NoPathRetry)
+	require.Equal(t, 9*time.Second, s.FailbackAfter)
+	c = Parse("f", "multipaths {\n multipath {\n wwid a\n alias x\n }\n multipath {\n wwid b\n alias y\n }\n multipath {\n wwid a\n alias z\n }\n}\n")
+	require.NoError(t, c.Err())
+	require.Equal(t, "z", c.For(LU{WWID: "b", Synonyms: []string{"a"}}).Alias)
+}
+
 func TestExceptionsProtectWithinTheirCriterion(t *testing.T) {
 	c := Parse("f", "blacklist {\n wwid \".*\"\n device {\n vendor IET\n }\n}\nblacklist_exceptions {\n wwid \"^3600\"\n}\n")
 	require.Empty(t, c.Blacklisted(LU{WWID: "3600"}))

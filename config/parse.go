@@ -459,8 +459,8 @@ func (c *Config) finish() {
 }
 
 // merge makes one section of those that are about the same thing, as the values
-// of the keywords need and more tell; what comes later wins. One that lacks
-// something that it needs is dropped and reported.
+// of the keywords need and more tell, in the place of the last: what comes later
+// wins, over others that match too. One that lacks something that it needs is dropped and reported.
 func merge(list []Section, at []places, need, more []string, lacks func(places)) (out []Section, outAt []places) {
 	for i, s := range list {
 		if slices.ContainsFunc(need, func(k string) bool { return s[k] == "" }) {
@@ -470,14 +470,16 @@ func merge(list []Section, at []places, need, more []string, lacks func(places))
 		j := slices.IndexFunc(out, func(x Section) bool {
 			return !slices.ContainsFunc(slices.Concat(need, more), func(k string) bool { return x[k] != s[k] })
 		})
-		if j < 0 {
-			out, outAt = append(out, s), append(outAt, at[i])
-			continue
+		one, oneAt := s, at[i]
+		if j >= 0 {
+			one, oneAt = out[j], outAt[j]
+			for k, v := range s {
+				one.put(k, v)
+			}
+			maps.Copy(oneAt, at[i])
+			out, outAt = slices.Delete(out, j, j+1), slices.Delete(outAt, j, j+1)
 		}
-		for k, v := range s {
-			out[j].put(k, v)
-		}
-		maps.Copy(outAt[j], at[i])
+		out, outAt = append(out, one), append(outAt, oneAt)
 	}
 	return out, outAt
 }
