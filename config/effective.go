@@ -194,6 +194,11 @@ func (c *Config) For(lu LU) Settings {
 			s.Policy = p
 		}
 	}
+	if s.Policy == "multibus" && !explicit["path_grouping_policy"] && !yes("multibus_servers") {
+		// The table knows nothing of late writes: as far as paths may share I/O
+		// unasked, they do, and the others are no less used.
+		s.Policy = "group_by_node_name"
+	}
 	s.Selector = v["path_selector"]
 	if _, err := selector.New(s.Selector, nil); err != nil {
 		s.Selector = "service-time 0"

@@ -59,6 +59,16 @@ func TestSettingsOfTargetsThatMultipathToolsDoesNotKnow(t *testing.T) {
 	}
 }
 
+// An array with a target name for each port keeps all its paths, though nobody
+// said that they may share I/O.
+func TestMultibusOfTheTableRefusesNoPath(t *testing.T) {
+	lu := LU{Vendor: "XtremIO", Product: "XtremApp"}
+	for conf, want := range map[string]string{"": "group_by_node_name", "defaults {\n multibus_servers yes\n}\n": "multibus",
+		"overrides {\n path_grouping_policy multibus\n}\n": "multibus", "overrides {\n path_grouping_policy failover\n}\n": "failover"} {
+		require.Equal(t, want, Parse("f", conf).For(lu).Policy, conf)
+	}
+}
+
 // The table's prioritizer serves the units that do not know asymmetric access.
 func TestPrioritizersOfTheTable(t *testing.T) {
 	for _, x := range []struct {
