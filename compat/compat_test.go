@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -144,6 +145,26 @@ func TestMapsByTheirLinks(t *testing.T) {
 		require.NotEmpty(t, Topology(&v, word, TopologyStyle{}), word)
 	}
 	require.Nil(t, v.find("/dev/mpath/mpathb"))
+}
+
+func TestOneOfSeveralMaps(t *testing.T) {
+	v := peerState()
+	v.Maps = append(v.Maps, peerState().Maps[0])
+	v.Maps[1].Alias, v.Maps[1].WWID, v.Maps[1].NBD.Device = "mpathb", "3600", ""
+	v.Maps[1].Groups[0].Paths = v.Maps[1].Groups[0].Paths[:1]
+	v.Maps[1].Groups[0].Paths[0].Name, v.Maps[1].Groups[0].Paths[0].Number = "/dev/sdc", "8:32"
+	aliases := func(word string) (out []string) {
+		for _, m := range v.Named(word) {
+			out = append(out, m.Alias)
+		}
+		return out
+	}
+	for word, want := range map[string][]string{"": {"mpatha", "mpathb"}, "mpathb": {"mpathb"}, "3600": {"mpathb"}, "sdc": {"mpathb"}, "8:32": {"mpathb"}, "sda": {"mpatha"}, "sdz": nil} {
+		require.Equal(t, want, aliases(word), word)
+		for _, m := range v.Maps {
+			require.Equal(t, slices.Contains(want, m.Alias), strings.Contains(Topology(&v, word, TopologyStyle{}), m.Alias+" ("), "%s %s", word, m.Alias)
+		}
+	}
 }
 
 // A portal that does not answer is no path: it would be counted, and its name

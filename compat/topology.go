@@ -29,6 +29,7 @@ func Topology(v *View, only string, style TopologyStyle) string {
 	rows := v.rows()
 	var b strings.Builder
 	next := 0
+	shown := v.Named(only)
 	cells := make([][]string, 0, len(rows))
 	var width [4]int
 	for i := range rows {
@@ -52,7 +53,7 @@ func Topology(v *View, only string, style TopologyStyle) string {
 		for j := range m.Groups {
 			next += len(m.Groups[j].Paths)
 		}
-		if only != "" && !names(m, only) && !slices.ContainsFunc(rows[first:next], func(r row) bool { return r.is(only) }) {
+		if !slices.Contains(shown, m) {
 			continue
 		}
 		name := m.Alias
@@ -107,6 +108,21 @@ func names(m *paths.MapStatus, word string) bool {
 // is tells whether a word means the path.
 func (r *row) is(word string) bool {
 	return r.orphan == "" && (word == r.p.Name || word == r.p.URL || strings.TrimPrefix(word, "/dev/") == r.dev() || word == r.number())
+}
+
+// Named are the maps that a word means, also by one of their paths; all if it is
+// empty.
+func (v *View) Named(word string) (out []*paths.MapStatus) {
+	rows := v.rows()
+	for i := range v.Maps {
+		m := &v.Maps[i]
+		n := count(m)
+		if word == "" || names(m, word) || slices.ContainsFunc(rows[:n], func(r row) bool { return r.is(word) }) {
+			out = append(out, m)
+		}
+		rows = rows[n:]
+	}
+	return out
 }
 
 // find is a map by name.

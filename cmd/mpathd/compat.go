@@ -203,13 +203,11 @@ func multipath(args []string) int {
 		return code(ours)
 	case mode == 'C' || mode == 'U':
 		return code(device != "" && v.Usable(device))
-	case device != "" && compat.Topology(v, device, compat.TopologyStyle{}) == "":
+	case device != "" && len(v.Named(device)) == 0:
 		return 1
 	case verbosity == "1":
-		for _, x := range m.Maps {
-			if device == "" || compat.Topology(v, device, compat.TopologyStyle{}) != "" {
-				fmt.Println(x.Alias)
-			}
+		for _, x := range v.Named(device) {
+			fmt.Println(x.Alias)
 		}
 	}
 	return 0
