@@ -73,6 +73,7 @@ type record struct {
 	forget  int // good checks until the next is forgotten
 	failed  time.Time
 	twice   bool // failed twice within DoubleFailed since it last passed
+	byHand  bool // what took it down last was the operator: no failure of its own
 	timer   *time.Timer
 }
 
@@ -96,7 +97,7 @@ func (p *Path) noteFailure() {
 	if m := p.g.cfg().Sampling; m.on() && !p.record.failed.IsZero() && now.Sub(p.record.failed) <= m.DoubleFailed {
 		p.record.twice = true
 	}
-	p.record.failed = now
+	p.record.failed, p.record.byHand = now, false
 }
 
 // noteReturn judges a path that failed and is about to serve again. Caller
@@ -113,7 +114,9 @@ func (p *Path) noteReturn() {
 		if p.record.returns == 0 {
 			p.record.forget = e.ForgetRate
 		}
-		p.record.returns++
+		if !p.record.byHand {
+			p.record.returns++
+		}
 		if p.record.returns <= e.Threshold {
 			return
 		}

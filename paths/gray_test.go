@@ -120,6 +120,39 @@ func TestAPathThatComesAndGoesIsDelayed(t *testing.T) {
 	}
 }
 
+// Who rehearses a failover by hand takes a path out, which is no failure of its own.
+func TestWhatTheOperatorFailsIsNotGray(t *testing.T) {
+	for _, c := range []Config{{PathErrors: PathErrors{Threshold: 2, ForgetRate: 100, Recovery: time.Minute}}, {Sampling: Sampling{DoubleFailed: time.Hour, Sample: time.Hour, Recheck: time.Hour, Rate: 10}}} {
+		synctest.Test(t, func(t *testing.T) {
+			c.NoPathRetry, c.PollingInterval = Queue, time.Second
+			g, doors, _ := newGroup(t, c, 2, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			for range 5 {
+				require.NoError(t, g.FailPath("A"))
+				time.Sleep(2 * time.Second)
+				require.Equal(t, "down", statusOf(g, "A").State)
+				require.NoError(t, g.ReinstatePath("A"))
+				time.Sleep(2 * time.Second)
+				require.Equal(t, "up", statusOf(g, "A").State)
+			}
+			for range 3 {
+				bounce(doors[0])
+			}
+			require.Equal(t, "delayed", statusOf(g, "A").State, "its own failures count as ever")
+			require.NoError(t, g.FailPath("A"))
+			time.Sleep(2 * time.Minute)
+			require.NoError(t, g.ReinstatePath("A"))
+			time.Sleep(2 * time.Second)
+			require.Equal(t, "delayed", statusOf(g, "A").State, "nor does the operator's end what it is delayed for")
+			if c.PathErrors.on() {
+				time.Sleep(time.Minute)
+				require.Equal(t, "up", statusOf(g, "A").State)
+			}
+		})
+	}
+}
+
 // marginal_path: two failures in a short time, then reads that must succeed.
 func TestAPathThatFailedTwiceIsSampled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

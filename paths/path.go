@@ -224,7 +224,11 @@ func (p *Path) onState(st initiator.State, cause error) {
 		p.set(func() {
 			if p.up && !p.g.closed {
 				p.failures.Add(1)
-				p.noteFailure()
+				if errors.Is(cause, errByHand) {
+					p.record.byHand = true
+				} else {
+					p.noteFailure()
+				}
 				p.g.log.Warn("path failed", "path", p.Name, "cause", cause)
 			}
 			p.up, p.suspect, p.silent = false, false, !initiator.ClosedByTarget(cause)
