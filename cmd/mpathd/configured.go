@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,6 +97,28 @@ func configure(o *daemon.Options, c *config.Config, set func(flag string) bool, 
 		return c.Blacklisted(lu)
 	}
 	return nil
+}
+
+// postponed names the settings that differ and that are read at the start alone.
+func postponed(before, after *config.Config) (out []string) {
+	differ := func(section string, a, b config.Section) {
+		both := maps.Clone(a)
+		maps.Copy(both, b)
+		for _, k := range slices.Sorted(maps.Keys(both)) {
+			if a[k] != b[k] {
+				out = append(out, section+" "+k)
+			}
+		}
+	}
+	differ("initiator", before.Initiator.Settings, after.Initiator.Settings)
+	differ("nbd", before.NBD, after.NBD)
+	for _, t := range after.Initiator.Target { // one with another URL is another target
+		i := slices.IndexFunc(before.Initiator.Target, func(x config.Section) bool { return x["url"] == t["url"] })
+		if i >= 0 {
+			differ("target "+config.Redact(t["url"]), before.Initiator.Target[i], t)
+		}
+	}
+	return out
 }
 
 func unitOf(info *initiator.LUInfo) config.LU {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -51,4 +52,19 @@ func TestWhatIsPrintedReadsBack(t *testing.T) {
 		printConfig(&twice, again)
 		require.Equal(t, b.String(), twice.String())
 	}
+}
+
+// What a reconfiguration does not apply it names.
+func TestSettingsThatWaitForTheNextStartAreNamed(t *testing.T) {
+	parse := func(text string) *config.Config {
+		c := config.Parse("f", text)
+		require.Empty(t, c.Errors)
+		return c
+	}
+	const target = "initiator {\n target {\n url iscsi://192.0.2.1/iqn.a:b\n chap_user %s\n }\n target iscsi://u%%secretsecret@192.0.2.2/iqn.a:c\n}\n"
+	before := parse("initiator {\n name iqn.a:b\n failover_time 1s\n discover 192.0.2.1\n}\nnbd {\n attach auto\n}\n" + fmt.Sprintf(target, "joe"))
+	require.Empty(t, postponed(before, before))
+	require.Empty(t, postponed(parse(""), parse("initiator {\n discover 192.0.2.1\n target iscsi://192.0.2.2/iqn.a:c\n}\n")))
+	require.Equal(t, []string{"initiator failover_time", "initiator header_digest", "initiator name", "nbd attach", "target iscsi://192.0.2.1/iqn.a:b chap_user"},
+		postponed(before, parse("initiator {\n failover_time 2s\n header_digest crc32c\n}\n"+fmt.Sprintf(target, "jim"))))
 }

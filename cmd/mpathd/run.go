@@ -114,9 +114,12 @@ func runCommand() *cobra.Command {
 					connections, _ = strconv.Atoi(v)
 				}
 				o.Reload = func() (daemon.Reloaded, error) {
-					again, ignored := given, ""
+					again, ignored, before := given, "", effective.Load()
 					if err := load(&again, &ignored); err != nil {
 						return daemon.Reloaded{}, err
+					}
+					for _, what := range postponed(before, effective.Load()) {
+						o.Logger.Warn("a changed setting takes effect with the next start", "setting", what)
 					}
 					return daemon.Reloaded{Targets: again.Targets, Discover: again.Discover, Resolve: again.Resolve, Refuse: again.Refuse}, nil
 				}
