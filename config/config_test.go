@@ -154,6 +154,27 @@ func TestUnknownWordsAreWarningsWithAHint(t *testing.T) {
 }
 
 // The later of two settings wins, with a warning where that can only be a mistake.
+// A setting that does nothing for want of another says so.
+func TestSettingsThatNeedEachOther(t *testing.T) {
+	for conf, want := range map[string]string{
+		"defaults {\n san_path_err_threshold 3\n san_path_err_forget_rate 9\n}\n":                                                 "f:2: san_path_err_threshold does nothing without san_path_err_recovery_time",
+		"defaults {\n san_path_err_threshold 3\n san_path_err_forget_rate 9\n}\noverrides {\n san_path_err_recovery_time 60\n}\n": "",
+		"defaults {\n san_path_err_threshold no\n}\n":                                                                             "",
+		"defaults {\n san_path_err_threshold no\n delay_wait_checks 0\n}\noverrides {\n marginal_path_err_sample_time 120\n}\n":   "f:6: marginal_path_err_sample_time does nothing without marginal_path_double_failed_time and marginal_path_err_rate_threshold and marginal_path_err_recheck_gap_time",
+		"multipaths {\n multipath {\n wwid a\n delay_wait_checks 4\n }\n}\n":                                                      "f:4: delay_wait_checks does nothing without delay_watch_checks",
+	} {
+		c := Parse("f", conf)
+		require.NoError(t, c.Err())
+		if want == "" {
+			require.Empty(t, c.Warnings, conf)
+			continue
+		}
+		require.Len(t, c.Warnings, 1, conf)
+		require.Equal(t, want, c.Warnings[0].Error())
+		require.Contains(t, c.Warnings[0].Detail(), "^")
+	}
+}
+
 func TestSetTwice(t *testing.T) {
 	c := Parse("f", "defaults {\n polling_interval 1\n polling_interval 2\n}\ndefaults {\n polling_interval 3\n}\ninitiator {\n failover_time 1s\n failover_time 2s\n}\nnbd {\n listen unix:/a\n listen unix:/b\n}\n")
 	require.Empty(t, errorsOf(c))

@@ -54,6 +54,15 @@ type Config struct {
 	// Where the sections of the lists above and their settings stand, for what
 	// only the whole file tells. Those of the same index belong together.
 	devicesAt, multipathsAt, targetsAt []places
+	// firstAt is where each setting first stands that is not switched off.
+	firstAt places
+}
+
+// together are settings of which each needs all others.
+var together = [][]string{
+	{"san_path_err_threshold", "san_path_err_forget_rate", "san_path_err_recovery_time"},
+	{"marginal_path_double_failed_time", "marginal_path_err_sample_time", "marginal_path_err_rate_threshold", "marginal_path_err_recheck_gap_time"},
+	{"delay_watch_checks", "delay_wait_checks"},
 }
 
 // place is where something was written, and the line.
@@ -402,6 +411,12 @@ func (p *parser) option(b *block, t, v token) {
 		p.warn(t.col, "%s does nothing here: %s", t.text, o.idle)
 	}
 	p.set(b, t, v.text)
+	if _, have := p.c.firstAt[name]; !have && v.text != "no" && v.text != "0" {
+		if p.c.firstAt == nil {
+			p.c.firstAt = places{}
+		}
+		p.c.firstAt[name] = b.at[t.text]
+	}
 	if name == "prio" || name == "prio_args" {
 		b.prio = &Diagnostic{Pos: Pos{p.file, p.line, v.col}, Source: printable(p.src), Warning: true}
 	}
@@ -449,6 +464,20 @@ func (c *Config) finish() {
 				continue
 			}
 			first[m[key]] = i
+		}
+	}
+	for _, family := range together {
+		var has, lacks []string
+		for _, k := range family {
+			if _, ok := c.firstAt[k]; ok {
+				has = append(has, k)
+			} else {
+				lacks = append(lacks, k)
+			}
+		}
+		if len(has) > 0 && len(lacks) > 0 {
+			at := c.firstAt[has[0]]
+			c.Warnings = append(c.Warnings, &Diagnostic{Pos: at.Pos, Source: at.src, Warning: true, Text: has[0] + " does nothing without " + strings.Join(lacks, " and ")})
 		}
 	}
 	for i, t := range c.Initiator.Target {
