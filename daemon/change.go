@@ -30,8 +30,11 @@ func (d *Daemon) Reconfigure() error {
 	d.mu.Unlock()
 	var all []error
 	for _, m := range maps {
-		cfg, _, err := r.Resolve(m.group.Info())
+		cfg, device, err := r.Resolve(m.group.Info())
 		if err == nil {
+			if device != m.pinned {
+				d.log.Warn("a new nbd_device takes effect with the next start", "map", m.alias, "nbd_device", device)
+			}
 			if cfg.Alias != "" && cfg.Alias != m.alias {
 				d.log.Warn("a new alias takes effect with the next start", "map", m.alias, "alias", cfg.Alias)
 			}

@@ -271,9 +271,17 @@ func TestReconfigureAppliesAndRefuses(t *testing.T) {
 			return paths.Config{Alias: "m", Policy: name, NoPathRetry: paths.Queue}, "", nil
 		}
 	}
-	d, _ := begin(t, Options{Targets: targets[:1], Resolve: policy("failover"), Reload: func() (Reloaded, error) { return next() }, FailoverTime: time.Second})
+	d, l := begin(t, Options{Targets: targets[:1], Resolve: policy("failover"), Reload: func() (Reloaded, error) { return next() }, FailoverTime: time.Second})
 	await(t, d, "up", func(m paths.MapStatus) bool { return m.Paths.Usable == 1 })
 	require.ErrorContains(t, d.Reconfigure(), "nothing changed: line 7")
+	next = func() (Reloaded, error) {
+		return Reloaded{Targets: targets[:1], Resolve: func(*initiator.LUInfo) (paths.Config, string, error) {
+			return paths.Config{Alias: "n", NoPathRetry: paths.Queue}, "/dev/nbd7", nil
+		}}, nil
+	}
+	require.NoError(t, d.Reconfigure())
+	says(t, l, "a new alias takes effect with the next start", "alias=n")
+	says(t, l, "a new nbd_device takes effect with the next start", "nbd_device=/dev/nbd7")
 	next = func() (Reloaded, error) { return Reloaded{Targets: targets, Resolve: policy("multibus")}, nil }
 	require.NoError(t, d.Reconfigure())
 	await(t, d, "a path more, and both serve", func(m paths.MapStatus) bool { return m.Paths.Active == 2 })
