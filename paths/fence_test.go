@@ -307,6 +307,70 @@ type resetting struct {
 
 func (r resetting) LUReset(context.Context, [8]byte) error { r.reset(); return nil }
 
+// A write that waits for its data must not meet a reset: LIO drops it, and waits
+// for it. Nor may a unit that is slow with both hold everything up.
+func TestResetMeetsNoWriteOfOurs(t *testing.T) {
+	for _, stuck := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			g, doors, d := newGroup(t, Config{NoPathRetry: Queue}, 2, 8)
+			defer closeGroup(g)
+			synctest.Wait()
+			a, b := g.paths[0], g.paths[1]
+			there := &door{d: d, depth: 8}
+			dn := newDone()
+			under, later := writeOf(dn, 3, 1), writeOf(dn, 4, 1)
+			var met atomic.Int64
+			met.Store(-1)
+			answer := make(chan struct{})
+			answered := sync.OnceFunc(func() { close(answer) })
+			defer answered()
+			g.mu.Lock()
+			a.via[b] = true
+			a.OpenAt = func(ctx context.Context, _ string) (Session, error) {
+				s, err := there.open(ctx, a.onState, a.onRoom)
+				if err != nil {
+					return nil, err
+				}
+				return resetting{s.(*fake), func() { met.Store(int64(len(doors[1].session().pending()))); <-answer }}, nil
+			}
+			a.trust = Reinstates
+			g.mu.Unlock()
+			w := writeOf(dn, 1, 1)
+			submit(g, w)
+			doors[0].set(true)
+			doors[0].session().Abort(errDoor)
+			rest(100 * time.Millisecond)
+			submit(g, under, later)
+			rest(10 * time.Millisecond)
+			require.Len(t, doors[1].session().pending(), 1, "only the retry, which was under way")
+			require.EqualValues(t, -1, met.Load())
+			if stuck {
+				rest(pauseTime - 200*time.Millisecond)
+				require.EqualValues(t, -1, met.Load())
+				rest(time.Second)
+				require.EqualValues(t, 1, met.Load())
+				require.Len(t, doors[1].session().pending(), 3, "with the unit stuck the reset goes ahead, and so does I/O")
+			} else {
+				endAll(doors[1].session())
+				rest(10 * time.Millisecond)
+				require.Zero(t, met.Load())
+				require.Empty(t, doors[1].session().pending())
+				rest(pauseReset)
+				require.Len(t, doors[1].session().pending(), 2, "a reset that takes its time")
+			}
+			answered()
+			rest(time.Second)
+			require.Empty(t, g.ledger.of("A"))
+			require.Empty(t, g.quiet)
+			endAll(doors[1].session())
+			for _, r := range []*block.Request{w, under, later} {
+				require.Equal(t, 1, dn.count(r))
+				require.NoError(t, r.Err)
+			}
+		})
+	}
+}
+
 // Only a session that was there before a reset must hear of it.
 func TestSessionThatBeginsDuringAResetIsNoWitness(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -44,6 +44,9 @@ const (
 	quietReturn = 5 * time.Second // for a path to come back after a reset
 	quietPoll   = 2 * time.Millisecond
 	turnLogin   = 2 * time.Second // of a fence's turn, for a login: istgt takes one
+
+	pauseTime  = time.Second            // before a reset, for what is under way in its unit
+	pauseReset = 100 * time.Millisecond // for a reset to reach it
 )
 
 // of is what is known of a target. Caller holds mu.
@@ -206,6 +209,9 @@ func (g *Group) setSilent(portal string, silent bool) {
 func (g *Group) resetUnit(ctx context.Context, r resetter, e *epoch, lun [8]byte) error {
 	target := g.targetOf(e)
 	if !g.targets.endsSessions(target) {
+		resume := g.pause(ctx)
+		defer resume()
+		defer time.AfterFunc(pauseReset, resume).Stop() // what comes later it does not meet
 		return g.announceReset(ctx, r, e, lun)
 	}
 	hushed, met := g.hush(ctx, target)
@@ -224,6 +230,52 @@ func (g *Group) resetUnit(ctx context.Context, r resetter, e *epoch, lun [8]byte
 		}
 	}()
 	return err
+}
+
+// pause lets the map start no I/O, and waits for what is under way on paths that
+// answer. LIO (Linux 6.1) drops a write that a reset meets while it waits for its
+// data, and then the reset waits for that write: both, the unit, and logins had no
+// answer until the write's session was given up, 30 s later.
+func (g *Group) pause(ctx context.Context) (resume func()) {
+	var targets []string
+	g.mu.Lock()
+	for _, p := range g.paths {
+		if !slices.Contains(targets, p.Target) {
+			targets = append(targets, p.Target)
+			g.quiet[p.Target]++
+		}
+	}
+	g.publish()
+	g.mu.Unlock()
+	busy := func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return slices.ContainsFunc(*g.everyPath.Load(), func(p *Path) bool { return !p.suspect && p.load.InFlight.Load() > 0 })
+	}
+	ctx, cancel := context.WithTimeout(ctx, pauseTime)
+	defer cancel()
+	for busy() && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-time.After(quietPoll):
+		}
+	}
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		for _, t := range targets {
+			g.speak(t)
+		}
+		g.publish()
+		g.mu.Unlock()
+		g.restart()
+	})
+}
+
+// speak ends one wait of I/O to a target. Caller holds mu, and publishes.
+func (g *Group) speak(target string) {
+	if g.quiet[target]--; g.quiet[target] <= 0 {
+		delete(g.quiet, target)
+	}
 }
 
 // witness is a session that hears of a reset of its unit.
@@ -401,9 +453,7 @@ func (g *Group) unhush(target string) {
 		}
 	}
 	g.mu.Lock()
-	if g.quiet[target]--; g.quiet[target] <= 0 {
-		delete(g.quiet, target)
-	}
+	g.speak(target)
 	g.publish()
 	g.mu.Unlock()
 	g.restart()
