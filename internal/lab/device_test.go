@@ -27,3 +27,10 @@ func TestKernelConnections(t *testing.T) {
 	long(t)
 	boot(t, "connections.sh", 300, "MPATHD="+built(t, "../../cmd/mpathd"))
 }
+
+// TestFencesBesideLargeWrites cuts one of two portals of one LIO target twenty times
+// under large writes: no fence, and no write, may wait for another.
+func TestFencesBesideLargeWrites(t *testing.T) {
+	long(t)
+	boot(t, "resets.sh", 500, "MPATHD="+built(t, "../../cmd/mpathd"))
+}
