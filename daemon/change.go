@@ -263,11 +263,62 @@ func (d *Daemon) resized(m *mapEntry, size int64) error {
 	}
 	d.mu.Unlock()
 	d.server.Resized(m.alias)
-	d.mu.Lock()
-	k := m.kernel
-	d.mu.Unlock()
-	if k.Resize == nil {
-		return nil
+	d.fit(m)
+	return nil
+}
+
+// fit makes a map's kernel device follow its size. For that the kernel freezes the
+// queue (since Linux 6.9): it waits for the requests in flight, and those may wait
+// for a path. Nobody who brings paths up may wait for it.
+func (d *Daemon) fit(m *mapEntry) (fits <-chan error) {
+	done := make(chan error, 1)
+	go func() {
+		m.fitting.Lock() // whoever comes last sees the last size
+		defer m.fitting.Unlock()
+		d.mu.Lock()
+		k := m.kernel
+		d.mu.Unlock()
+		size := m.group.Geometry().Size
+		if k.Resize == nil || k.Size == size {
+			done <- nil
+			return
+		}
+		err := k.Resize(size)
+		if err == nil {
+			d.mu.Lock()
+			if m.kernel.Path == k.Path {
+				m.kernel.Size = size
+			}
+			d.mu.Unlock()
+			d.log.Info("the kernel device has its new size", "map", m.alias, "device", k.Path, "from_bytes", k.Size, "to_bytes", size)
+		} else {
+			d.log.Error("the kernel device keeps its old size", "map", m.alias, "device", k.Path, "from_bytes", k.Size, "to_bytes", size, "cause", err)
+		}
+		done <- err
+	}()
+	return done
+}
+
+// fitTime is how long a resize by hand waits for the kernel.
+const fitTime = 5 * time.Second
+
+// Resize takes over the capacity that all paths of a map report, a smaller one if
+// forced. The error is paths.ErrSameSize if the map has it already.
+func (d *Daemon) Resize(name string, force bool) error {
+	m, err := d.find(name)
+	if err != nil {
+		return err
 	}
-	return k.Resize(size)
+	if err = m.group.Resize(force); err != nil && !errors.Is(err, paths.ErrSameSize) {
+		return err
+	}
+	select {
+	case e := <-d.fit(m):
+		if e != nil {
+			return e
+		}
+	case <-time.After(fitTime):
+		return fmt.Errorf("map %s has its new size, its kernel device gets it when the requests in flight have ended", m.alias)
+	}
+	return err
 }

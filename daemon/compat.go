@@ -100,11 +100,7 @@ func (l legacy) onGroup(name string, f func(*paths.Group)) error {
 }
 
 func (l legacy) Resize(name string) error {
-	m, err := l.d.find(name)
-	if err != nil {
-		return err
-	}
-	if err := m.group.Resize(false); !errors.Is(err, paths.ErrSameSize) {
+	if err := l.d.Resize(name, false); !errors.Is(err, paths.ErrSameSize) {
 		return err
 	}
 	return nil

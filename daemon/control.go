@@ -131,10 +131,7 @@ func (d *Daemon) handler() http.Handler {
 		return m.group.Switch(n)
 	}))
 	mux.HandleFunc("POST /resize", func(w http.ResponseWriter, r *http.Request) {
-		m, err := d.find(r.FormValue("map"))
-		if err == nil {
-			err = m.group.Resize(r.FormValue("force") == "yes")
-		}
+		err := d.Resize(r.FormValue("map"), r.FormValue("force") == "yes")
 		switch {
 		case errors.Is(err, paths.ErrSameSize): // it grew by itself, perhaps: no failure
 			fmt.Fprintln(w, err)

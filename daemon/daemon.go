@@ -96,8 +96,9 @@ type Attacher func(d *Daemon, export, wwid, device string, g block.Geometry) (Ke
 type Kernel struct {
 	Path    string
 	Detach  func() error
-	Resize  func(bytes int64) error
-	Adopted bool // an earlier run had made it
+	Size    int64                   // bytes, as the kernel was told
+	Resize  func(bytes int64) error // may wait for the requests in flight; one call at a time
+	Adopted bool                    // an earlier run had made it
 	// InUse tells who uses the device, or ""; nil: nobody can tell.
 	InUse func() string
 }
@@ -139,6 +140,8 @@ type mapEntry struct {
 	pinned string // the device it must get, or empty
 	kernel Kernel
 	export bool // it is offered to NBD clients: its size is known
+
+	fitting sync.Mutex // see fit
 }
 
 // Start brings everything up that answers and keeps trying the rest. An error
@@ -448,6 +451,7 @@ func (d *Daemon) attach(m *mapEntry) {
 		what = "device of an earlier run taken over"
 	}
 	d.log.Info(what, "map", m.alias, "device", k.Path)
+	d.fit(m) // an earlier run made it, or the map was resized meanwhile
 }
 
 // Server is the NBD server, for attaching.

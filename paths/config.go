@@ -77,7 +77,8 @@ type Config struct {
 	// OnLUNs is told that the LUNs of a target may have changed.
 	OnLUNs func(portal, target string)
 	// OnResize is told the new size in bytes, and the first one of a map that
-	// NewGroup knew none of.
+	// NewGroup knew none of. It is called by who brings paths up: it must not wait
+	// for I/O.
 	OnResize func(size int64) error
 	// Replicated says that the servers of this disk replicate every write
 	// before they acknowledge it: a flush of one of them is enough.

@@ -41,14 +41,7 @@ func attacher(spec string, connections int) (daemon.Attacher, error) {
 			if err != nil {
 				return daemon.Kernel{}, err
 			}
-			if was := dev.Size(); was != g.Size {
-				go func() { // may wait for requests in flight
-					if err := dev.Resize(g.Size); err != nil {
-						logger().Warn("the device of an earlier run keeps its old size", "device", old, "size", was, "cause", err)
-					}
-				}()
-			}
-			return kernelOf(dev, export, true), nil
+			return kernelOf(dev, export, dev.Size(), true), nil
 		}
 		if o.Device == "" {
 			o.Device, first = first, "" // daemon attaches one map at a time
@@ -57,16 +50,16 @@ func attacher(spec string, connections int) (daemon.Attacher, error) {
 		if err != nil {
 			return daemon.Kernel{}, err
 		}
-		return kernelOf(dev, export, false), nil
+		return kernelOf(dev, export, g.Size, false), nil
 	}, nil
 }
 
-func kernelOf(dev *attach.Device, export string, adopted bool) daemon.Kernel {
+func kernelOf(dev *attach.Device, export string, size int64, adopted bool) daemon.Kernel {
 	unlink, err := dev.Link(export)
 	if err != nil {
 		logger().Warn("no link to the device", "cause", err)
 		unlink = func() {}
 	}
 	detach := func() error { unlink(); return dev.Disconnect() }
-	return daemon.Kernel{Path: dev.Path(), Detach: detach, Resize: dev.Resize, Adopted: adopted, InUse: dev.InUse}
+	return daemon.Kernel{Path: dev.Path(), Detach: detach, Size: size, Resize: dev.Resize, Adopted: adopted, InUse: dev.InUse}
 }
