@@ -153,14 +153,7 @@ func (d *Daemon) serveHandover(r *http.Request) error {
 	if err != nil {
 		d.log.Warn("not all devices could be handed over, the kernel sends their requests anew", "cause", err)
 	}
-	var devices []string
-	var fds []int
-	for _, h := range hs {
-		devices = append(devices, h.Device)
-		fds = append(fds, int(h.File.Fd()))
-	}
-	b, _ := json.Marshal(devices)
-	_, _, err = c.WriteMsgUnix(append(b, '\n'), syscall.UnixRights(fds...), nil)
+	devices, err := sendDevices(c, hs)
 	for _, h := range hs {
 		h.File.Close()
 	}
@@ -172,12 +165,36 @@ func (d *Daemon) serveHandover(r *http.Request) error {
 	return nil
 }
 
-// maxHanded bounds the sockets of one handover, as the kernel bounds the
-// descriptors of one message (SCM_MAX_FD).
+// maxHanded bounds the sockets of one message of a handover, as the kernel does
+// (SCM_MAX_FD).
 const maxHanded = 253
 
+// sendDevices writes the messages of a handover, one if there is nothing to give.
+func sendDevices(c *net.UnixConn, hs []Inherited) (all []string, err error) {
+	for {
+		n := min(len(hs), maxHanded)
+		var devices []string
+		var fds []int
+		for _, h := range hs[:n] {
+			devices = append(devices, h.Device)
+			fds = append(fds, int(h.File.Fd()))
+		}
+		b, _ := json.Marshal(devices)
+		if _, _, err := c.WriteMsgUnix(append(b, '\n'), syscall.UnixRights(fds...), nil); err != nil {
+			return all, err
+		}
+		all = append(all, devices...)
+		if hs = hs[n:]; len(hs) == 0 {
+			return all, nil
+		}
+	}
+}
+
+var errRefuses = errors.New("the running daemon refuses")
+
 // TakeOver asks the daemon behind a control socket for its kernel devices and
-// waits until it has ended. Without a daemon there it returns nothing.
+// waits until it has ended. Without a daemon there it returns nothing, and if that
+// one dies meanwhile, what it had given.
 func TakeOver(ctx context.Context, control string) ([]Inherited, error) {
 	if c, err := net.Dial("unix", control); err != nil {
 		return nil, nil
@@ -204,7 +221,7 @@ func TakeOver(ctx context.Context, control string) ([]Inherited, error) {
 			if rs, err = client.Do(rq); err == nil {
 				rs.Body.Close()
 				if rs.StatusCode != http.StatusOK {
-					err = fmt.Errorf("the running daemon refuses (%s): is it older than this one? Stop it with SIGUSR2, then start", rs.Status)
+					err = fmt.Errorf("%w (%s): is it older than this one? Stop it with SIGUSR2, then start", errRefuses, rs.Status)
 				}
 			}
 		}
@@ -218,28 +235,59 @@ func TakeOver(ctx context.Context, control string) ([]Inherited, error) {
 		deadline = time.Now().Add(handoverDrain + 10*time.Second)
 	}
 	ln.SetDeadline(deadline)
+	var in []Inherited
 	c, err := ln.AcceptUnix()
-	if err != nil {
-		select {
-		case e := <-asked:
-			if e != nil {
-				err = e
-			}
-		default:
+	if err == nil {
+		c.SetDeadline(deadline)
+		in, err = receiveAll(c)
+		c.Close()
+	}
+	if err == nil {
+		return in, nil
+	}
+	select {
+	case e := <-asked:
+		if e != nil {
+			err = e
 		}
+	case <-time.After(endTime):
+	}
+	if errors.Is(err, errRefuses) || !ended(control) {
 		return nil, fmt.Errorf("takeover: %w", err)
 	}
-	defer c.Close()
-	c.SetDeadline(deadline)
-	in, err := receiveDevices(c)
-	if err != nil {
-		return nil, fmt.Errorf("takeover: %w", err)
-	}
-	c.Read(make([]byte, 1)) // until the old process has ended: it holds the other end
-	return in, nil
+	return nil, nil
 }
 
-// receiveDevices reads the one message of a handover.
+// endTime is how long a process that dies may still be seen.
+const endTime = time.Second
+
+// ended tells whether no daemon is behind a control socket any more.
+func ended(control string) bool {
+	for end := time.Now().Add(endTime); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		c, err := net.Dial("unix", control)
+		if err != nil {
+			return true
+		}
+		c.Close()
+	}
+	return false
+}
+
+// receiveAll reads the messages of a handover until the old process has ended: it
+// holds the other end. Without one whole message it is an error.
+func receiveAll(c *net.UnixConn) (in []Inherited, err error) {
+	for messages := 0; ; messages++ {
+		more, err := receiveDevices(c)
+		if err != nil && messages == 0 {
+			return nil, err
+		} else if err != nil {
+			return in, nil
+		}
+		in = append(in, more...)
+	}
+}
+
+// receiveDevices reads one message of a handover.
 func receiveDevices(c *net.UnixConn) ([]Inherited, error) {
 	b, oob := make([]byte, 64<<10), make([]byte, syscall.CmsgSpace(4*maxHanded))
 	n, oobn, _, _, err := c.ReadMsgUnix(b, oob)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -160,4 +161,67 @@ func readBack(c net.Conn, stop <-chan struct{}, longest chan<- time.Duration) er
 		default:
 		}
 	}
+}
+
+// A daemon that is killed while it hands over leaves its devices to the one that
+// asked: that one starts as after a crash.
+func TestATakeoverFromADaemonThatDiesMeanwhile(t *testing.T) {
+	for _, at := range []string{"as it is asked", "before it gives anything", "in the middle"} {
+		t.Run(at, func(t *testing.T) {
+			control := filepath.Join(t.TempDir(), "c")
+			ln, err := net.Listen("unix", control)
+			require.NoError(t, err)
+			var old http.Server
+			old.Handler = http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+				defer old.Close() // all that the kernel closes for it, last the conversation
+				if at == "as it is asked" {
+					return
+				}
+				c, err := net.Dial("unix", r.FormValue("socket"))
+				if err == nil && at == "in the middle" {
+					c.Write([]byte(`["/dev/nbd0`))
+				}
+				ln.Close()
+				c.Close()
+			})
+			go old.Serve(ln)
+			in, err := TakeOver(context.Background(), control)
+			require.NoError(t, err)
+			require.Empty(t, in)
+		})
+	}
+}
+
+// The kernel passes at most SCM_MAX_FD descriptors with one message.
+func TestMoreDevicesThanOneMessageHoldsAreHandedOver(t *testing.T) {
+	_, ps := disk(t, "many", 1)
+	const n = 2*maxHanded + 1
+	var ends []*os.File
+	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0)}, Policy: paths.Config{Alias: "m"},
+		Attach: func(d *Daemon, export, _, _ string, _ block.Geometry) (Kernel, error) {
+			for range n {
+				kernel, mine, err := sys.SocketPair()
+				if err != nil {
+					return Kernel{}, err
+				}
+				ends = append(ends, kernel)
+				d.wg.Go(func() { d.Server().ServeTransmission(mine, export) })
+			}
+			return Kernel{Path: runPath}, nil
+		}})
+	await(t, d, "attached", func(m paths.MapStatus) bool { return m.NBD.Device == runPath && m.NBD.Connections == n })
+	go func() {
+		<-d.Leaving()
+		d.successor.Close() // as this process ends
+	}()
+	in, err := TakeOver(context.Background(), d.o.Control)
+	for _, x := range in {
+		require.Equal(t, runPath, x.Device)
+		x.File.Close()
+	}
+	for _, f := range ends {
+		f.Close()
+	}
+	require.NoError(t, err)
+	require.Len(t, in, n)
 }
