@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 
 	"github.com/mpathd/mpathd/block"
@@ -13,8 +14,8 @@ import (
 
 // attacher reads --attach: auto takes any free device where the kernel has
 // NBD, none takes nothing, /dev/nbdX is for the first map. New devices get that
-// many connections.
-func attacher(spec string, connections int) (daemon.Attacher, error) {
+// many connections. Those that are pinned to a map are for no other.
+func attacher(spec string, connections int, pinned func() []string) (daemon.Attacher, error) {
 	switch {
 	case connections < 1 || connections > attach.MaxConnections:
 		return nil, usageError{fmt.Errorf("--attach-connections %d: want 1 to %d", connections, attach.MaxConnections)}
@@ -44,7 +45,9 @@ func attacher(spec string, connections int) (daemon.Attacher, error) {
 			return kernelOf(dev, export, dev.Size(), true), nil
 		}
 		if o.Device == "" {
-			o.Device, first = first, "" // daemon attaches one map at a time
+			if o.Others = pinned(); !slices.Contains(o.Others, first) {
+				o.Device, first = first, "" // daemon attaches one map at a time
+			}
 		}
 		dev, err := attach.Connect(o)
 		if err != nil {

@@ -121,6 +121,19 @@ func postponed(before, after *config.Config) (out []string) {
 	return out
 }
 
+// pinned are the kernel devices that the configuration gives to maps; nil: there is none.
+func pinned(c *config.Config) (devices []string) {
+	if c == nil {
+		return nil
+	}
+	for _, m := range c.Multipaths {
+		if at := m["nbd_device"]; at != "" {
+			devices = append(devices, at)
+		}
+	}
+	return devices
+}
+
 func unitOf(info *initiator.LUInfo) config.LU {
 	return config.LU{WWID: info.WWID, Synonyms: info.Synonyms, Vendor: info.Vendor, Product: info.Product, Revision: info.Revision, ALUA: info.TPGS != 0}
 }

@@ -133,7 +133,7 @@ func runCommand() *cobra.Command {
 			if len(o.Targets) == 0 && len(o.Discover) == 0 {
 				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
 			}
-			att, err := attacher(attachTo, connections)
+			att, err := attacher(attachTo, connections, func() []string { return pinned(effective.Load()) })
 			if err != nil {
 				return err
 			}

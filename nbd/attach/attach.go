@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -42,6 +43,7 @@ const (
 // Options describe the device to make.
 type Options struct {
 	Device      string        // /dev/nbdX, or empty for the first free one
+	Others      []string      // devices that are not to be taken for a free one
 	Size        int64         // bytes
 	BlockSize   int           // bytes
 	Flags       uint16        // NBD transmission flags
@@ -131,7 +133,7 @@ func Connect(o Options) (*Device, error) {
 		return nil, err
 	}
 	defer closeAll(kernel)
-	d, err := connect(c, fam, o, index, kernel)
+	d, err := choose(index, o.Others, func(index int) (*Device, error) { return connect(c, fam, o, index, kernel) })
 	if err != nil {
 		k.abandon()
 		return nil, err
@@ -141,6 +143,28 @@ func Connect(o Options) (*Device, error) {
 	}
 	k.is(d)
 	return d, nil
+}
+
+var errInUse = errors.New("the device is in use")
+
+// maxDevices bounds the search for a free one.
+const maxDevices = 4096
+
+// choose connects the device of an index or, if that is negative, the first free
+// one that is not among others. With these the kernel cannot choose.
+func choose(index int, others []string, connect func(index int) (*Device, error)) (*Device, error) {
+	if index >= 0 || len(others) == 0 {
+		return connect(index)
+	}
+	for index = range maxDevices {
+		if d := (&Device{index: index}); slices.Contains(others, d.Path()) {
+			continue
+		}
+		if d, err := connect(index); !errors.Is(err, errInUse) {
+			return d, err
+		}
+	}
+	return nil, errors.New("attach: no device is free")
 }
 
 func connect(c *genetlink.Conn, fam genetlink.Family, o Options, index int, kernel []*os.File) (*Device, error) {
@@ -153,7 +177,7 @@ func connect(c *genetlink.Conn, fam genetlink.Family, o Options, index int, kern
 	runtime.KeepAlive(kernel)
 	if err != nil {
 		if errors.Is(err, fs.ErrExist) || strings.Contains(err.Error(), "busy") {
-			return nil, fmt.Errorf("attach %s: the device is in use%s: detach it first or choose another", o.Device, holder("/", index))
+			return nil, fmt.Errorf("attach %s: %w%s: detach it first or choose another", o.Device, errInUse, holder("/", index))
 		}
 		return nil, fmt.Errorf("attach %s: %w", o.Device, err)
 	}

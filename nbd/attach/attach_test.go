@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -68,4 +69,29 @@ func TestADeviceHasOneName(t *testing.T) {
 	require.Equal(t, []string{"neighbour /dev/nbd1", "new /dev/nbd2"}, names())
 	_, err = linkIn(dir, "../x", "/dev/nbd0")
 	require.ErrorContains(t, err, "not a file name")
+}
+
+// A device that belongs to another map is not free, even before that one has it.
+func TestOthersDevicesAreNotTakenForFree(t *testing.T) {
+	inUse := map[int]bool{1: true}
+	var asked []int
+	connect := func(index int) (*Device, error) {
+		asked = append(asked, index)
+		if inUse[index] {
+			return nil, fmt.Errorf("attach: %w", errInUse)
+		}
+		return &Device{index: index}, nil
+	}
+	d, err := choose(-1, []string{"/dev/nbd0", "/dev/nbd3"}, connect)
+	require.NoError(t, err)
+	require.Equal(t, "/dev/nbd2", d.Path())
+	require.Equal(t, []int{1, 2}, asked)
+	_, err = choose(1, []string{"/dev/nbd0"}, connect)
+	require.ErrorIs(t, err, errInUse, "one that was asked for is not replaced by another")
+	d, err = choose(0, []string{"/dev/nbd0"}, connect)
+	require.NoError(t, err)
+	require.Equal(t, "/dev/nbd0", d.Path(), "its own")
+	d, err = choose(-1, nil, connect)
+	require.NoError(t, err)
+	require.Equal(t, -1, d.index, "the kernel chooses")
 }
