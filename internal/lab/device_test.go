@@ -34,3 +34,10 @@ func TestFencesBesideLargeWrites(t *testing.T) {
 	long(t)
 	boot(t, "resets.sh", 500, "MPATHD="+built(t, "../../cmd/mpathd"))
 }
+
+// TestKernelDeviceOwners: a device that belongs to one map, to somebody else or to
+// another daemon is nobody else's.
+func TestKernelDeviceOwners(t *testing.T) {
+	long(t)
+	boot(t, "owners.sh", 360, "MPATHD="+built(t, "../../cmd/mpathd"))
+}

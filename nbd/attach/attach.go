@@ -20,6 +20,8 @@ import (
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
+
+	"github.com/mpathd/mpathd/internal/sys"
 )
 
 // Commands and attributes of include/uapi/linux/nbd-netlink.h.
@@ -76,7 +78,7 @@ func (o *Options) defaults() {
 type Device struct {
 	index   int
 	backend string
-	lock    *deviceLock // nil for a device that this process does not serve
+	lock    *sys.Lock // nil for a device that this process does not serve
 }
 
 // MaxConnections bounds the connections of a device: each is a hardware queue of
@@ -138,7 +140,7 @@ func Connect(o Options) (*Device, error) {
 		k.abandon()
 		return nil, err
 	}
-	if d.lock, err = lock(lockDir, d.index, 0); err != nil {
+	if d.lock, err = lockNew(lockDir, d.index); err != nil {
 		o.Logger.Warn("the device is not locked: a second mpathd of this disk would not notice", "device", d.Path(), "cause", err)
 	}
 	k.is(d)
@@ -200,7 +202,7 @@ func connect(c *genetlink.Conn, fam genetlink.Family, o Options, index int, kern
 		err = d.tune(len(kernel))
 	}
 	if err != nil {
-		d.Disconnect()
+		d.disconnect()
 		return nil, err
 	}
 	return d, nil
@@ -335,12 +337,12 @@ func Adopt(o Options, handed ...*os.File) (*Device, error) {
 	}
 	kernel, err := k.open(missing)
 	if err != nil {
-		d.lock.release()
+		d.lock.Release()
 		return nil, err
 	}
 	defer closeAll(kernel)
 	if err := d.reconnect(o.DeadTimeout, kernel...); err != nil {
-		d.lock.release()
+		d.lock.Release()
 		k.abandon()
 		return nil, fmt.Errorf("adopt %s: %w", o.Device, err)
 	}
@@ -441,8 +443,25 @@ func (d *Device) Resize(size int64) error {
 	return nil
 }
 
-// Disconnect takes the device away; I/O that waits in the kernel fails.
+// Disconnect takes the device away; I/O that waits in the kernel fails. One that
+// was taken away behind our back (nbd-client -d) may be somebody else's by now.
 func (d *Device) Disconnect() error {
+	if d.ours("/") {
+		if err := d.disconnect(); err != nil {
+			return err
+		}
+	}
+	d.lock.Release()
+	return nil
+}
+
+// ours tells whether the device is still the one that was attached for its backend.
+func (d *Device) ours(root string) bool {
+	b, err := os.ReadFile(filepath.Join(root, fmt.Sprintf("sys/block/nbd%d/backend", d.index)))
+	return err == nil && strings.TrimSpace(string(b)) == d.backend
+}
+
+func (d *Device) disconnect() error {
 	c, fam, err := dial()
 	if err != nil {
 		return err
@@ -457,6 +476,5 @@ func (d *Device) Disconnect() error {
 	if _, err := c.Execute(genetlink.Message{Header: genetlink.Header{Command: cmdDisconnect, Version: 1}, Data: b}, fam.ID, netlink.Request|netlink.Acknowledge); err != nil {
 		return fmt.Errorf("detach %s: %w", d.Path(), err)
 	}
-	d.lock.release()
 	return nil
 }

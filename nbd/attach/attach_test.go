@@ -20,6 +20,9 @@ func TestRefusalsNameTheReason(t *testing.T) {
 	require.ErrorContains(t, tooOld(root, 0, "mpathd:3600"), "too old (5.10.0-33-amd64)")
 	put("sys/block/nbd0/backend", "mpathd:3600\n")
 	require.NoError(t, tooOld(root, 0, "mpathd:3600"))
+	require.True(t, (&Device{index: 0, backend: "mpathd:3600"}).ours(root))
+	require.False(t, (&Device{index: 0, backend: "mpathd:3601"}).ours(root), "another disk's by now")
+	require.False(t, (&Device{index: 1, backend: "mpathd:3600"}).ours(root), "taken away by hand, and somebody else's by now")
 
 	require.Empty(t, holder(root, 1))
 	put("sys/block/nbd1/pid", "812\n")

@@ -46,9 +46,9 @@ func (k *keeper) is(d *Device) {
 	k.device = d.Path()
 	k.reconnect = func(kernel *os.File) error { return d.reconnect(k.o.DeadTimeout, kernel) }
 	k.there = func() bool {
-		ours := Find(d.backend) == d.Path()
+		ours := d.ours("/")
 		if !ours {
-			d.lock.release()
+			d.lock.Release()
 		}
 		return ours
 	}
