@@ -17,6 +17,7 @@ import (
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/initiator/kernel"
+	"github.com/mpathd/mpathd/internal/sys"
 	"github.com/mpathd/mpathd/nbd"
 	"github.com/mpathd/mpathd/paths"
 )
@@ -113,6 +114,7 @@ type Daemon struct {
 	wg      sync.WaitGroup
 	begun   time.Time
 	risk    *riskFile
+	state   *sys.Lock // of its file
 	targets *paths.Targets
 	events  *eventLog
 	http    *http.Server
@@ -160,19 +162,20 @@ func Start(o Options) (*Daemon, error) {
 		}
 		urls = append(urls, u)
 	}
-	risk, err := openRiskFile(o.State)
-	if err != nil {
-		return nil, err
-	}
 	specs, err := nbd.ParseListeners(o.NBD, o.Access)
 	if err != nil {
 		return nil, fmt.Errorf("NBD socket: %w", err)
 	}
 	var nbdLns []net.Listener
+	var ctlLn, compatLn net.Listener
+	var state *sys.Lock
 	closeAll := func() {
-		for _, ln := range nbdLns {
-			ln.Close()
+		for _, ln := range append(nbdLns, ctlLn, compatLn) {
+			if ln != nil {
+				ln.Close()
+			}
 		}
+		state.Release()
 	}
 	for _, l := range specs {
 		if l.TLS == nbd.TLSRequired && o.TLS == nil {
@@ -186,29 +189,31 @@ func Start(o Options) (*Daemon, error) {
 		}
 		nbdLns = append(nbdLns, ln)
 	}
-	ctlLn, err := listen(nbd.Listener{Network: "unix", Address: o.Control, Mode: 0o600})
-	if err != nil {
+	if ctlLn, err = listen(nbd.Listener{Network: "unix", Address: o.Control, Mode: 0o600}); err != nil {
 		closeAll()
 		return nil, fmt.Errorf("control socket: %w", err)
 	}
-	var compatLn net.Listener
 	if o.CompatSocket != "" {
 		if compatLn, err = listenCompat(o.CompatSocket); err != nil {
 			closeAll()
-			ctlLn.Close()
 			return nil, fmt.Errorf("socket for multipathd's clients: %w (does multipathd itself run?)", err)
 		}
 	}
-	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, targets: paths.NewTargets(), pending: map[string]string{}, pathURLs: map[string]string{}, following: map[string]*follower{}, foundAt: map[string]map[string]bool{}, leaving: make(chan struct{}), names: newNames(),
+	if state, err = lockState(o.State); err != nil {
+		closeAll()
+		return nil, err
+	}
+	risk, err := openRiskFile(o.State)
+	if err != nil {
+		closeAll()
+		return nil, err
+	}
+	d := &Daemon{o: o, log: o.Logger, events: events, begun: time.Now(), risk: risk, state: state, targets: paths.NewTargets(), pending: map[string]string{}, pathURLs: map[string]string{}, following: map[string]*follower{}, foundAt: map[string]map[string]bool{}, leaving: make(chan struct{}), names: newNames(),
 		server: nbd.NewServer(nbd.Config{Logger: o.Logger, MaxRequests: o.QueueDepth, TLS: o.TLS, Resident: o.Resident, Without: o.Without})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if o.Metrics != "" {
 		if err := d.serveMetrics(o.Metrics); err != nil {
 			closeAll()
-			ctlLn.Close()
-			if compatLn != nil {
-				compatLn.Close()
-			}
 			return nil, fmt.Errorf("metrics: %w", err)
 		}
 	}
@@ -491,6 +496,7 @@ func (d *Daemon) stop(ctx context.Context, detach bool) error {
 	if err := d.risk.flush(); err != nil {
 		d.log.Error("state file not written: the next run tests its paths anew", "file", d.o.State, "cause", err)
 	}
+	d.state.Release()
 	if err := kernel.Settle(ctx); err != nil {
 		d.log.Error("stop", "cause", err)
 	}

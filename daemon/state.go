@@ -63,6 +63,24 @@ type riskPath struct {
 	Portals []string `json:"portals,omitempty"`
 }
 
+// stateTime is how long the run before may take to end.
+const stateTime = 5 * time.Second
+
+// lockState keeps a second daemon from a state file: it would write over what this
+// one has noted there. Where the lock cannot be made the file cannot either.
+func lockState(path string) (*sys.Lock, error) {
+	if path == "" {
+		return nil, nil
+	}
+	os.MkdirAll(filepath.Dir(path), 0o700)
+	l, err := sys.LockFile(path+".lock", stateTime)
+	var held *sys.HeldError
+	if errors.As(err, &held) {
+		return nil, fmt.Errorf("state file %s: process %s has it: give this run a file of its own with --state", path, held.PID)
+	}
+	return l, nil
+}
+
 // openRiskFile reads what the run before left. A file that cannot be read is
 // an error: guessing that nothing is at risk could cost data.
 func openRiskFile(path string) (*riskFile, error) {

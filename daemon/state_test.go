@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
@@ -38,6 +39,29 @@ func TestStateOutlivesTheRun(t *testing.T) {
 	require.NoError(t, err)
 	require.False(t, r.lost("36"))
 	require.Len(t, r.classes(), 2)
+}
+
+// Two daemons with one state file would write over what the other has noted there,
+// and the next run would not fence it.
+func TestAStateFileHasOneDaemon(t *testing.T) {
+	_, a := disk(t, "one", 1)
+	_, b := disk(t, "two", 1)
+	dir := t.TempDir()
+	state := filepath.Join(dir, "unfenced.json")
+	d, _ := begin(t, Options{URLs: []string{a[0].URL(0)}, State: state})
+	other := Options{URLs: []string{b[0].URL(0)}, State: state, NBD: "unix:" + filepath.Join(dir, "n"), Control: filepath.Join(dir, "c")}
+	_, err := Start(other)
+	require.ErrorContains(t, err, fmt.Sprintf("process %d has it", os.Getpid()))
+	for _, p := range []string{"n", "c"} {
+		_, err = os.Stat(filepath.Join(dir, p))
+		require.ErrorIs(t, err, fs.ErrNotExist, "a failed start leaves its socket behind")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	require.NoError(t, d.Leave(ctx))
+	next, err := Start(other)
+	require.NoError(t, err)
+	require.NoError(t, next.Leave(ctx))
 }
 
 func TestStateOfARunIsGoodForTheNextOneIfItIsSoon(t *testing.T) {
