@@ -205,11 +205,12 @@ func (d *Daemon) dropMap(m *mapEntry) {
 	d.log.Info("map removed: the configuration names no path to it", "map", m.alias)
 }
 
-// discovers tells whether the configuration still names the portal.
+// discovers tells whether the configuration still names the portal, with the same
+// credentials.
 func (d *Daemon) discovers(p Discovery) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return slices.ContainsFunc(d.o.Discover, func(x Discovery) bool { return x.Address == p.Address })
+	return slices.Contains(d.o.Discover, p)
 }
 
 // discoverOnce asks a portal for its targets in the background.

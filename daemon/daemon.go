@@ -124,6 +124,7 @@ type Daemon struct {
 	successor net.Conn // see serveHandover
 
 	homes     sync.Map // of *initiator.Home, by portal and target
+	secrets   sync.Map // of initiator.Credentials, by targetOf: what the configuration says by now
 	names     *names
 	attaching sync.Mutex
 	changing  sync.Mutex // one Reconfigure at a time
@@ -285,6 +286,9 @@ func retryAfter(err error, backoff time.Duration) time.Duration {
 const retrySlowly = 30 * time.Second
 
 func (d *Daemon) sessionConfig(u initiator.URL, isid string) initiator.Config {
+	if now, ok := d.secrets.Load(targetOf(u)); ok {
+		u.Credentials = now.(initiator.Credentials)
+	}
 	return initiator.Config{Dial: d.names.dial, Address: u.Address, Home: d.home(u.Address, u.Target), RedirectTo: d.o.RedirectTo, TargetName: u.TargetName(), InitiatorName: d.o.InitiatorName, Credentials: u.Credentials, HeaderDigest: d.o.HeaderDigest, DataDigest: d.o.DataDigest, Lenient: d.o.Lenient,
 		ISID: initiator.PathISID(d.o.InitiatorName, u.Target, isid), FailoverTime: d.o.FailoverTime, QueueDepth: d.o.QueueDepth}
 }

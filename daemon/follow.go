@@ -19,15 +19,20 @@ type follower struct {
 	order int
 	ctx   context.Context
 	stop  context.CancelFunc
-	again chan struct{}      // the target's units may have changed
+	again chan struct{}      // the target's units or its secrets may have changed
 	told  map[[8]byte]string // why a unit was left out, by LUN, as logged
 }
 
-// addURL begins to bring a URL up, once.
+// addURL begins to bring a URL up, once. One that is known may have other secrets
+// than before.
 func (d *Daemon) addURL(u initiator.URL) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ctx.Err() != nil || d.following[u.String()] != nil {
+	if d.ctx.Err() != nil {
+		return
+	}
+	d.takeCredentials(u)
+	if d.following[u.String()] != nil {
 		return
 	}
 	f := &follower{u: u, order: len(d.urls), again: make(chan struct{}, 1), told: map[[8]byte]string{}}
@@ -37,6 +42,44 @@ func (d *Daemon) addURL(u initiator.URL) {
 	d.pending[u.String()] = "connecting"
 	d.wg.Add(1)
 	go func() { defer d.wg.Done(); d.follow(f) }()
+}
+
+// takeCredentials makes those of u the ones with which its target is logged in to
+// from now on, unless the configuration gives the target its own. Caller holds d.mu.
+func (d *Daemon) takeCredentials(u initiator.URL) {
+	at := targetOf(u)
+	for _, x := range d.o.Targets {
+		if targetOf(x) == at {
+			u = x
+		}
+	}
+	if have, _ := d.secrets.Swap(at, u.Credentials); have == u.Credentials {
+		return
+	}
+	for i, x := range d.urls {
+		if targetOf(x) == at {
+			d.urls[i].Credentials = u.Credentials
+		}
+	}
+	for _, f := range d.following {
+		if targetOf(f.u) == at {
+			f.look()
+		}
+	}
+}
+
+// targetOf is a URL without its unit.
+func targetOf(u initiator.URL) string {
+	u.HasLUN = false
+	return u.String()
+}
+
+// look makes a follower that still follows look again.
+func (f *follower) look() {
+	select {
+	case f.again <- struct{}{}:
+	default:
+	}
 }
 
 // Waits of a follower.
@@ -104,10 +147,7 @@ func (d *Daemon) rescan(target string) {
 	defer d.mu.Unlock()
 	for _, f := range d.following {
 		if f.wholeTarget() && (target == "" || f.u.Target == target) {
-			select {
-			case f.again <- struct{}{}:
-			default:
-			}
+			f.look()
 		}
 	}
 }

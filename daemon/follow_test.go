@@ -181,3 +181,22 @@ func TestPortalsThatAreDroppedTakeTheirTargetsAlong(t *testing.T) {
 	require.NoError(t, d.Reconfigure())
 	awaitMaps(t, d, map[string]int{"a": 2, "b": 2})
 }
+
+// Of two secrets of one name the target's own counts, not that of the portal which
+// names the target.
+func TestATargetsOwnSecretComesFirst(t *testing.T) {
+	own, portals := initiator.Credentials{User: "u", Secret: "the target's"}, initiator.Credentials{User: "u", Secret: "the portal's"}
+	u, err := initiator.ParseURL("iscsi://u@" + unusedAddress(t) + "/" + iqn + "/0")
+	require.NoError(t, err)
+	u.Credentials = own
+	d, _ := begin(t, Options{Targets: []initiator.URL{u}})
+	whole, unit := u, u
+	whole.HasLUN, whole.Credentials, unit.Credentials = false, portals, portals
+	d.addURL(whole)
+	require.Equal(t, own, d.sessionConfig(unit, "i").Credentials)
+	d.mu.Lock()
+	d.o.Targets = nil
+	d.mu.Unlock()
+	d.addURL(whole)
+	require.Equal(t, portals, d.sessionConfig(u, "i").Credentials)
+}

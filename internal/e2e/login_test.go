@@ -8,11 +8,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/mpathd/mpathd/daemon"
 	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/internal/realtarget"
+	"github.com/mpathd/mpathd/paths"
 	"github.com/mpathd/mpathd/scsi"
 	"github.com/stretchr/testify/require"
 )
@@ -132,4 +135,48 @@ func TestBurstsAgainstTgtd(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A secret that was corrected, and one that was changed while its paths serve, is
+// what the next login uses.
+func TestReconfigureAppliesSecretsAgainstTgtd(t *testing.T) {
+	t.Parallel()
+	tgt, c := lone(t)
+	account := func(secret string) {
+		tgt.adm("--op", "new", "--mode", "account", "--user", "hannibal", "--password", secret)
+		tgt.adm("--op", "bind", "--mode", "account", "--tid", "1", "--user", "hannibal")
+	}
+	account("elephants-over-alps")
+	with := func(secret initiator.Secret) daemon.Reloaded {
+		u, err := initiator.ParseURL("iscsi://hannibal@" + c.Address + "/" + c.TargetName + "/1")
+		require.NoError(t, err)
+		u.Credentials = initiator.Credentials{User: "hannibal", Secret: secret}
+		return daemon.Reloaded{Targets: []initiator.URL{u}, Resolve: func(*initiator.LUInfo) (paths.Config, string, error) {
+			return paths.Config{Alias: "m", NoPathRetry: paths.Queue}, "", nil
+		}}
+	}
+	dir, next := t.TempDir(), with("wrong-secret-here")
+	d, err := daemon.Start(daemon.Options{Targets: next.Targets, Resolve: next.Resolve, InitiatorName: c.InitiatorName, NBD: "unix:" + filepath.Join(dir, "n"), Control: filepath.Join(dir, "c"),
+		Reload: func() (daemon.Reloaded, error) { return next, nil }})
+	require.NoError(t, err)
+	defer d.Stop(context.Background())
+	usable := func() bool { s := d.Snapshot(); return len(s.Maps) == 1 && s.Maps[0].Paths.Usable == 1 }
+	require.Eventually(t, func() bool {
+		s := d.Snapshot()
+		return len(s.Pending) == 1 && strings.Contains(s.Pending[0].Cause, "authentication failed")
+	}, 30*time.Second, 10*time.Millisecond)
+	next = with("elephants-over-alps")
+	require.NoError(t, d.Reconfigure())
+	require.Eventually(t, usable, 10*time.Second, 10*time.Millisecond, "the corrected secret is not used")
+
+	path := d.Snapshot().Maps[0].Groups[0].Paths[0].Name
+	require.NoError(t, d.FailPath(path))
+	require.Eventually(t, func() bool { return !usable() }, 10*time.Second, 10*time.Millisecond)
+	tgt.adm("--op", "unbind", "--mode", "account", "--tid", "1", "--user", "hannibal")
+	tgt.adm("--op", "delete", "--mode", "account", "--user", "hannibal")
+	account("carthage-must-fall")
+	next = with("carthage-must-fall")
+	require.NoError(t, d.Reconfigure())
+	require.NoError(t, d.ReinstatePath(path))
+	require.Eventually(t, usable, 10*time.Second, 10*time.Millisecond, "the changed secret is not used")
 }
