@@ -2,9 +2,11 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/daemon"
@@ -65,4 +67,18 @@ func kernelOf(dev *attach.Device, export string, size int64, adopted bool) daemo
 	}
 	detach := func() error { unlink(); return dev.Disconnect() }
 	return daemon.Kernel{Path: dev.Path(), Detach: detach, Size: size, Resize: dev.Resize, Adopted: adopted, InUse: dev.InUse}
+}
+
+// tellUnserved says which devices an earlier run has left that this one, as it is
+// configured now, has not taken over.
+func tellUnserved(done <-chan struct{}, log *slog.Logger) {
+	select {
+	case <-done:
+		return
+	case <-time.After(readyTime):
+	}
+	for _, dev := range attach.Unserved() {
+		log.Warn("nobody serves the device of an earlier run, its I/O waits", "device", dev.Path(), "wwid", dev.WWID(),
+			"do", "configure its target, or `mpathd detach "+dev.Path()+"`")
+	}
 }

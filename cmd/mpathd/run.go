@@ -179,6 +179,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			go notifyReady(d)
+			go tellUnserved(d.Done(), o.Logger)
 			go feedWatchdog(d.Done(), d.Hangs, o.Logger)
 			sig := make(chan os.Signal, 2)
 			signal.Notify(sig, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR2)

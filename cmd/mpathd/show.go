@@ -281,6 +281,9 @@ func detachCommand() *cobra.Command {
 				return why
 			}
 		}
+		if who := dev.Server(); who != "" && !force {
+			return fmt.Errorf("%s: process %s serves it: name its control socket with --control", a[0], who)
+		}
 		if who := dev.InUse(); who != "" && !force {
 			return fmt.Errorf("%s: %s: end that first, or use --force, which gives it I/O errors", a[0], who)
 		}

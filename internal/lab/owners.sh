@@ -70,7 +70,21 @@ until_true grep -q 'device of an earlier run taken over' /run/other.log || { cat
 timeout 20 dd if=/dev/nbd0 bs=1M count=4 iflag=direct of=/dev/null 2>/dev/null || finish 1 "the device does not answer"
 kill -TERM $PID; wait $PID || finish 1 "mpathd did not stop cleanly"
 is 0 131072 || finish 1 "the other daemon's device was detached"
+$MPATHD detach /dev/nbd0 --control /run/m/none.sock 2>&1 | grep -q "process $OTHER serves it" || finish 1 "it is not said who serves the device"
+is 0 131072 || finish 1 "a device that is served was detached"
 kill -TERM $OTHER; wait $OTHER || finish 1 "the other daemon did not stop cleanly"
 is 0 0 || finish 1 "the device stays"
 say "another daemon's device is left alone"
+
+# The configuration has no path to a device of an earlier run any more.
+other /dev/nbd0 & OTHER=$!
+until_true leads other /dev/nbd0 || finish 1 "no device"
+dd if=/dev/nbd0 bs=1M count=1 iflag=direct of=/dev/null 2>/dev/null || finish 1 "the device does not answer" # as udev does
+kill -KILL $OTHER; wait $OTHER 2>/dev/null
+RAM=$LAB; other none & OTHER=$!
+until_true grep -q 'nobody serves.*/dev/nbd0' /run/other.log || finish 1 "nobody says that the device waits"
+$MPATHD detach /dev/nbd0 --control /run/m/none.sock || finish 1 "the device cannot be detached"
+is 0 0 || finish 1 "the device stays"
+kill -TERM $OTHER; wait $OTHER || finish 1 "the other daemon did not stop cleanly"
+say "a device that is left over is named"
 finish 0 "owners: passed"

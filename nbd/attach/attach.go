@@ -301,6 +301,25 @@ func Find(backend string) string {
 	return ""
 }
 
+// Unserved are the devices that an earlier run attached and nobody serves: their
+// I/O waits.
+func Unserved() (ds []*Device) { return unserved("/", lockDir) }
+
+func unserved(root, locks string) (ds []*Device) {
+	names, _ := filepath.Glob(filepath.Join(root, "sys/block/nbd*/backend"))
+	for _, f := range names {
+		d, err := open(root, "/dev/"+filepath.Base(filepath.Dir(f)))
+		if err != nil {
+			continue
+		}
+		if l, err := lock(locks, d.index, 0); err == nil {
+			l.Release()
+			ds = append(ds, d)
+		}
+	}
+	return ds
+}
+
 // Adopt goes on with a device that Find found. The sockets that the run before
 // handed over are served as they are; the device's other connections are replaced,
 // and what waits in the kernel goes on. Size and block size stay; see Resize. A

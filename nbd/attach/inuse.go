@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/mpathd/mpathd/internal/sys"
 )
 
 // InUse tells who holds the device or a partition of it, in words, or "": a
@@ -149,6 +151,19 @@ func open(root, path string) (*Device, error) {
 		return nil, fmt.Errorf("%s is free: nothing is attached to it", path)
 	}
 	return nil, fmt.Errorf("%s is not attached by mpathd but%s: end that, or `nbd-client -d %s`", path, who, path)
+}
+
+// Server is the process that serves the device, or "".
+func (d *Device) Server() (pid string) { return server(lockDir, d.index) }
+
+func server(dir string, index int) (pid string) {
+	l, err := sys.LockFile(lockPath(dir, index), 0)
+	l.Release()
+	var held *sys.HeldError
+	if errors.As(err, &held) {
+		return held.PID
+	}
+	return ""
 }
 
 // WWID is that of the unit that the device was attached for.

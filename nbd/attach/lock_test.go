@@ -47,3 +47,23 @@ func TestANewDeviceHasALockOfItsOwn(t *testing.T) {
 	require.NoError(t, err)
 	b.Release()
 }
+
+func TestDevicesThatNobodyServesAreFound(t *testing.T) {
+	root, locks := t.TempDir(), t.TempDir()
+	for nbd, backend := range map[string]string{"nbd3": "mpathd:3600\n", "nbd4": "mpathd:3601\n", "nbd5": "other\n"} {
+		dir := filepath.Join(root, "sys/block", nbd)
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "backend"), []byte(backend), 0o644))
+	}
+	l, err := lock(locks, 3, 0)
+	require.NoError(t, err)
+	ds := unserved(root, locks)
+	require.Len(t, ds, 1)
+	require.Equal(t, "/dev/nbd4", ds[0].Path())
+	require.Equal(t, "3601", ds[0].WWID())
+	require.Equal(t, fmt.Sprint(os.Getpid()), server(locks, 3))
+	require.Empty(t, server(locks, 4))
+	l.Release()
+	require.Len(t, unserved(root, locks), 2)
+	require.Empty(t, server(locks, 3))
+}
