@@ -43,6 +43,9 @@ type Options struct {
 	Without                  nbd.Without  // hidden from NBD clients
 	Policy                   paths.Config // Policy, Selector, Checker, Manual, NoPathRetry, intervals
 	Attach                   Attacher     // nil: no kernel device
+	// Attached is the size of the kernel device that an earlier run made for a
+	// unit, in bytes, or 0; nil: there is none.
+	Attached func(wwid string) int64
 	// RescanInterval is how often targets without a LUN are asked for their
 	// units, and portals for their targets, besides when they say that something
 	// changed; 0: never.
@@ -141,6 +144,7 @@ type mapEntry struct {
 	group  *paths.Group
 	alias  string
 	pinned string // the device it must get, or empty
+	before int64  // size of the device of an earlier run, in bytes, or 0
 	kernel Kernel
 	export bool // it is offered to NBD clients: its size is known
 
@@ -328,8 +332,16 @@ func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error
 	pc := d.pathConfig(u, order, lun, info)
 	d.pathURLs[pc.Name] = pc.URL
 	if m != nil {
+		if m.before == m.group.Info().Size() {
+			info = notSmaller(info, m.before)
+		}
 		_, err := m.group.AddPath(pc, info)
 		return err
+	}
+	var before int64
+	if d.o.Attached != nil {
+		before = d.o.Attached(info.WWID)
+		info = notSmaller(info, before)
 	}
 	cfg, pinned := d.o.Policy, ""
 	if d.o.Resolve != nil {
@@ -346,7 +358,7 @@ func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error
 	d.remember(&cfg, info.WWID, lun)
 	cfg.OnLUNs = func(_, target string) { d.rescan(target) }
 	cfg.OnResize = func(size int64) error { return d.resized(m, size) }
-	m = &mapEntry{alias: cfg.Alias, pinned: pinned}
+	m = &mapEntry{alias: cfg.Alias, pinned: pinned, before: before}
 	g, err := paths.NewGroup(cfg, info)
 	if err != nil {
 		return err
@@ -364,6 +376,18 @@ func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error
 	}
 	d.maps = append(d.maps, m)
 	return nil
+}
+
+// notSmaller is what a unit says of itself, with at least that many bytes: a map
+// has the size of the device that an earlier run left, so that one whose unit shrank
+// meanwhile waits as if it had shrunk now. Its paths find that out by themselves.
+func notSmaller(info *initiator.LUInfo, bytes int64) *initiator.LUInfo {
+	if info.Blocks == 0 || info.Size() >= bytes {
+		return info
+	}
+	l := *info
+	l.Blocks = uint64(bytes) / uint64(l.BlockSize)
+	return &l
 }
 
 // expose offers a map to NBD clients and attaches its kernel device. Caller

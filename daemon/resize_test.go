@@ -77,3 +77,25 @@ func TestAMapIsResizedWhileItsDeviceIsAttached(t *testing.T) {
 	await(t, d, "attached", func(m paths.MapStatus) bool { return m.NBD.Device == "/dev/nbd9" })
 	require.Eventually(t, func() bool { return size.Load() == 8<<20 }, 10*time.Second, 5*time.Millisecond)
 }
+
+// A unit that shrank while no daemon ran is as one that shrank under a running one:
+// the kernel device of the run before is not cut, and its I/O waits.
+func TestAUnitThatShrankBetweenTwoRunsDoesNotCutItsDevice(t *testing.T) {
+	srv, lu, ps := array(t, false, map[uint16]target.Access{1: {}, 2: {}})
+	require.NoError(t, srv.Resize(lu, 4<<20))
+	var size atomic.Int64
+	size.Store(8 << 20)
+	d, _ := begin(t, Options{URLs: []string{ps[0].URL(0), ps[1].URL(0)}, Policy: paths.Config{Alias: "m", PollingInterval: 200 * time.Millisecond},
+		Attached: func(string) int64 { return size.Load() },
+		Attach: func(_ *Daemon, _, _, _ string, g block.Geometry) (Kernel, error) {
+			return Kernel{Path: "/dev/nbd9", Size: size.Load(), Adopted: true, Resize: func(n int64) error { size.Store(n); return nil }}, nil
+		}})
+	m := await(t, d, "both paths are out", func(m paths.MapStatus) bool {
+		return m.NBD.Device == "/dev/nbd9" && m.Paths.Total == 2 && m.Paths.Usable == 0 && strings.Contains(m.Groups[0].Paths[0].LastError, "it shrank")
+	})
+	require.Equal(t, int64(8<<20), m.Size)
+	require.Equal(t, int64(8<<20), size.Load())
+	require.NoError(t, d.Resize("m", true))
+	await(t, d, "cut by hand", func(m paths.MapStatus) bool { return m.Paths.Usable == 2 && m.Size == 4<<20 })
+	require.Equal(t, int64(4<<20), size.Load())
+}

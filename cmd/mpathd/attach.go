@@ -59,6 +59,15 @@ func attacher(spec string, connections int, pinned func() []string) (daemon.Atta
 	}, nil
 }
 
+// attached is the size of the device that an earlier run made for a unit, or 0.
+func attached(wwid string) int64 {
+	dev, err := attach.Open(attach.Find(attach.BackendPrefix + wwid))
+	if err != nil {
+		return 0
+	}
+	return dev.Size()
+}
+
 func kernelOf(dev *attach.Device, export string, size int64, adopted bool) daemon.Kernel {
 	unlink, err := dev.Link(export)
 	if err != nil {

@@ -138,7 +138,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			if o.Attach = att; att != nil {
-				o.Resident = true
+				o.Resident, o.Attached = true, attached
 				reside(o.Logger)
 			}
 			if o.InitiatorName == "" {
