@@ -75,8 +75,8 @@ type conn struct {
 	cur      []uint16 // owned by the sender
 	sending  bool
 	dead     bool // the client is gone: replies are dropped
-	working  int  // slots whose request has not ended
-	orphan   bool // no request of it begins any more; set under orphans.mu too
+	changing int  // slots whose request is a change that has begun and not ended
+	orphan   bool // no change of it begins any more; set under orphans.mu too
 	starved  bool // the reader waits for its share of buffers
 	takeOver chan struct{}
 	iov      [][]byte
@@ -91,6 +91,7 @@ type slot struct {
 	head    int    // bytes of hdr in use
 	tail    []byte // what follows header and data: an error text, extents
 	offset  uint64 // as asked for
+	begun   bool   // counted in conn.changing
 	tracked bool   // see aligner.enter
 	sent    int    // bytes of the reply that the kernel took
 }
@@ -250,7 +251,7 @@ func (cn *conn) next() error {
 		return errOrphan
 	}
 	sl := &cn.slots[idx]
-	sl.cookie, sl.sent, sl.data, sl.tail, sl.offset = rq.Cookie, 0, false, nil, rq.Offset
+	sl.cookie, sl.sent, sl.data, sl.begun, sl.tail, sl.offset = rq.Cookie, 0, false, false, nil, rq.Offset
 	sl.req = block.Request{Owner: cn, Tag: uint64(idx), Off: int64(rq.Offset), Len: int64(rq.Length)}
 	if rq.Flags&proto.CmdFlagFUA != 0 {
 		sl.req.Flags |= block.FUA
@@ -292,7 +293,7 @@ func (cn *conn) next() error {
 			sl.data = false
 			if rq.Type == proto.CmdWrite {
 				if err := cn.discard(int(rq.Length)); err != nil {
-					cn.drop(uint16(idx))
+					cn.giveBack(idx)
 					return err
 				}
 			}
@@ -304,10 +305,14 @@ func (cn *conn) next() error {
 		}
 		if rq.Type == proto.CmdWrite {
 			if err := cn.payload(sl.req.Data); err != nil {
-				cn.drop(uint16(idx))
+				cn.giveBack(idx)
 				return err
 			}
 		}
+	}
+	if changes(sl.req.Op) && !cn.begins(sl) {
+		cn.giveBack(idx)
+		return errOrphan
 	}
 	if isUnaligned(rq, bs) {
 		go cn.unaligned(idx, bs)
@@ -340,8 +345,19 @@ func (cn *conn) slot() (idx uint16, ok bool) {
 	}
 	idx = cn.free[len(cn.free)-1]
 	cn.free = cn.free[:len(cn.free)-1]
-	cn.working++
 	return idx, true
+}
+
+// begins counts a change that the device is about to get. An orphan begins none.
+func (cn *conn) begins(sl *slot) bool {
+	cn.mu.Lock()
+	defer cn.mu.Unlock()
+	if cn.orphan {
+		return false
+	}
+	sl.begun = true
+	cn.changing++
+	return true
 }
 
 // buffer is n bytes for a request, nil when the server stops or the client has

@@ -14,13 +14,17 @@ import (
 // whose connection broke connects again, sends anew what was not answered, and
 // then overwrites those blocks. The first copies must not come after that,
 // whether they are in flight or not even read yet: once the next connection
-// begins, an orphan starts no request, and until those in flight have ended
-// nothing else changes the export.
+// begins, an orphan starts no change of the export, and until those in flight have
+// ended the ones that come wait.
+//
+// They wait for nothing else: an orphan that reads, or waits for memory, holds up
+// nobody, and neither do clients that come and go while a change waits.
 type orphans struct {
-	n     atomic.Int64 // orphans with requests in flight
+	n     atomic.Int64 // of busy
 	mu    sync.Mutex
 	cond  *sync.Cond
 	conns []*conn // in transmission
+	busy  []*conn // orphans with changes in flight
 	last  uint64  // conn.nth of the youngest that began
 }
 
@@ -61,32 +65,38 @@ func (o *orphans) begin(cn *conn) {
 		return
 	}
 	cn.orphan = true
-	o.n.Add(1)
+	if cn.changing > 0 {
+		o.busy = append(o.busy, cn)
+		o.n.Add(1)
+	}
 	cn.room.Broadcast() // its reader waits for nothing any more
 	o.cond.Broadcast()
 }
 
-// leave ends a connection whose reader has ended, when no request of it is in
-// flight any more. Replies may still be.
+// leave ends a connection whose reader has ended. Requests may still be in flight.
 func (o *orphans) leave(cn *conn) {
-	o.disown(cn)
-	cn.mu.Lock()
-	for cn.working > 0 {
-		cn.room.Wait()
-	}
-	cn.mu.Unlock()
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.begin(cn)
 	o.conns = slices.DeleteFunc(o.conns, func(c *conn) bool { return c == cn })
+}
+
+// ended tells that the last change of an orphan is no longer in flight.
+func (o *orphans) ended(cn *conn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.busy = slices.DeleteFunc(o.busy, func(c *conn) bool { return c == cn })
 	o.n.Add(-1)
 	o.cond.Broadcast()
 }
 
-// wait returns when no orphan has requests in flight, or when cn is one itself.
+// wait returns when those that are orphans now have no changes in flight, or when
+// cn is an orphan itself.
 func (o *orphans) wait(cn *conn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	for o.n.Load() > 0 && !cn.orphan {
+	now := slices.Clone(o.busy)
+	for !cn.orphan && slices.ContainsFunc(now, func(c *conn) bool { return slices.Contains(o.busy, c) }) {
 		o.cond.Wait()
 	}
 }

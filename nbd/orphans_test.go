@@ -7,6 +7,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/mpathd/mpathd/block"
 	"github.com/mpathd/mpathd/nbd/proto"
 )
 
@@ -36,6 +37,17 @@ func began(t *testing.T, s *Server, nth uint64) {
 		o.mu.Lock()
 		defer o.mu.Unlock()
 		return o.last == nth
+	}, 5*time.Second, time.Millisecond)
+}
+
+// gone waits until n connections are left that read requests.
+func gone(t *testing.T, s *Server, n int) {
+	t.Helper()
+	o := &s.find("disk").orphans
+	require.Eventually(t, func() bool {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		return len(o.conns) == n
 	}, 5*time.Second, time.Millisecond)
 }
 
@@ -115,4 +127,71 @@ func TestRepliesThatNobodyReadsHoldUpNoWrites(t *testing.T) {
 	b := dial().enter()
 	b.write(1, 'b')
 	b.answered(1)
+}
+
+// Clients that come, read and go, one before the other has its data, are no reason
+// for anybody's writes to wait.
+func TestReadsThatOutliveTheirClientHoldUpNoWrites(t *testing.T) {
+	s, d, dial := newServer(t, Config{})
+	d.holdAll()
+	a := dial().enter()
+	a.ask(proto.CmdRead, 0, 1, 0, 4096, nil)
+	require.Eventually(t, func() bool { return len(d.requests()) == 1 }, 5*time.Second, time.Millisecond)
+	a.Close()
+	b := dial().enter()
+	gone(t, s, 1)
+	d.mu.Lock()
+	d.hold = false
+	d.mu.Unlock()
+	b.write(1, 'b')
+	b.answered(1)
+}
+
+// Nor is a client that goes while it waits for memory that others do not give back.
+func TestAClientThatGoesWhileItWaitsForMemoryHoldsUpNoWrites(t *testing.T) {
+	s, dial := twoExports(t, Config{MaxBytes: 8 << 20, stuck: time.Hour})
+	for range 2 {
+		dial("disk").ask(proto.CmdWrite, 0, 1, 0, 4<<20, []byte("x"))
+	}
+	clients := &s.exports["disk"].clients
+	require.Eventually(t, func() bool {
+		clients.mu.Lock()
+		defer clients.mu.Unlock()
+		return clients.arena != nil && clients.arena.Out() == s.cfg.MaxBytes
+	}, 5*time.Second, time.Millisecond)
+	a := dial("disk")
+	a.ask(proto.CmdWrite, 0, 1, 0, 1<<20, []byte("x"))
+	time.Sleep(100 * time.Millisecond) // it waits
+	a.Close()
+	b := dial("disk")
+	b.SetDeadline(time.Now().Add(10 * time.Second))
+	b.write(1, 'b')
+	b.answered(1)
+}
+
+// A write waits for those who are gone when it comes, not for all who go after it.
+func TestAWriteWaitsForNoClientThatGoesLater(t *testing.T) {
+	s, d, dial := newServer(t, Config{})
+	d.holdAll()
+	a, b, c := dial().enter(), dial().enter(), dial().enter()
+	a.write(1, 'a')
+	require.Eventually(t, func() bool { return d.written() == "a" }, 5*time.Second, time.Millisecond)
+	b.write(1, 'b')
+	require.Eventually(t, func() bool { return d.written() == "ab" }, 5*time.Second, time.Millisecond)
+	a.Close()
+	gone(t, s, 2)
+	c.write(1, 'c')
+	time.Sleep(100 * time.Millisecond) // it waits
+	b.Close()
+	gone(t, s, 1)
+	require.Equal(t, "ab", d.written())
+	d.mu.Lock()
+	first := d.held[0]
+	d.held, d.hold = d.held[1:], false
+	d.mu.Unlock()
+	var p block.Plug
+	first.Owner.Complete(first, &p)
+	p.Flush()
+	c.answered(1)
+	require.Equal(t, "abc", d.written())
 }

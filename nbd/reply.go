@@ -87,30 +87,29 @@ func (cn *conn) list(idx uint16, n int, p *block.Plug) {
 	sl := &cn.slots[idx]
 	sl.head = n
 	cn.mu.Lock()
-	cn.ended()
-	if cn.dead {
-		cn.mu.Unlock()
+	last, dead := cn.ended(sl), cn.dead
+	if !dead {
+		cn.pend = append(cn.pend, idx)
+	}
+	cn.mu.Unlock()
+	if last {
+		cn.x.orphans.ended(cn)
+	}
+	if dead {
 		cn.giveBack(idx)
 		return
 	}
-	cn.pend = append(cn.pend, idx)
-	cn.mu.Unlock()
 	p.Add(cn)
 }
 
-// drop takes back a request that was not submitted.
-func (cn *conn) drop(idx uint16) {
-	cn.mu.Lock()
-	cn.ended()
-	cn.mu.Unlock()
-	cn.giveBack(idx)
-}
-
-// ended counts a request that the device holds no more. Caller holds mu.
-func (cn *conn) ended() {
-	if cn.working--; cn.working == 0 && cn.orphan {
-		cn.room.Broadcast()
+// ended counts a change that the device holds no more, and tells whether it was
+// the last one of an orphan. Caller holds mu.
+func (cn *conn) ended(sl *slot) (last bool) {
+	if !sl.begun {
+		return false
 	}
+	cn.changing--
+	return cn.changing == 0 && cn.orphan
 }
 
 // giveBack frees a slot and its buffer without a reply.
