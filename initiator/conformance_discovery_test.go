@@ -175,6 +175,29 @@ var discoveryCases = map[string]conformanceCase{
 		require.ErrorContains(t, err, "more than 4096 targets")
 		_, err = discovers(t, many(1<<20))
 		require.ErrorContains(t, err, "bytes or 4096 PDUs of text")
+
+		// Each portal of each target would be a path that somebody brings up.
+		portals := func(n int) func(*raw, pdu.Header) {
+			return func(r *raw, h pdu.Header) {
+				text := keys("TargetName", "iqn.a:b")
+				for i := range n {
+					text = append(text, keys("TargetAddress", fmt.Sprintf("10.0.%d.%d", i>>8, i&255))...)
+					if len(text) > 60<<10 {
+						r.textResponse(h, 0, 1, text)
+						if _, _, ok := r.read(); !ok {
+							return
+						}
+						text = nil
+					}
+				}
+				r.textResponse(h, pdu.Final, pdu.NoTag, text)
+			}
+		}
+		found, err = discovers(t, portals(8192))
+		require.NoError(t, err)
+		require.Len(t, found.Targets[0].Portals, 8192)
+		_, err = discovers(t, portals(40000))
+		require.ErrorContains(t, err, "more than 8192 portals")
 	}},
 	"TX05": {"rejects the Text Request", "fails the discovery with the reason", func(t *testing.T) {
 		began := time.Now()

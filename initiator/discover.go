@@ -35,6 +35,7 @@ type Discovered struct {
 
 const (
 	maxDiscovered = 4096 // targets
+	maxPortals    = 8192 // of all targets together: each is a path to bring up
 	maxSkipped    = 64   // messages
 	logoutTime    = 500 * time.Millisecond
 )
@@ -85,7 +86,7 @@ func parseTargets(text []byte, from string) (Discovered, error) {
 		}
 	}
 	var t *DiscoveredTarget // nil: none yet, or one to skip
-	named, addressed, targets := false, false, 0
+	named, addressed, targets, portals := false, false, 0, 0
 	complete := func() {
 		if t != nil && !addressed { // the default: where we asked
 			t.Portals = append(t.Portals, Portal{from, -1})
@@ -121,6 +122,9 @@ func parseTargets(text []byte, from string) (Discovered, error) {
 				continue
 			}
 			if p := (Portal{a, tag}); !slices.Contains(t.Portals, p) {
+				if portals++; portals > maxPortals {
+					return Discovered{}, fmt.Errorf("the portal names more than %d portals: let it show this initiator only its own, or name the target in the configuration", maxPortals)
+				}
 				t.Portals = append(t.Portals, p)
 			}
 		}
