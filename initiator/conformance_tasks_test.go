@@ -278,3 +278,45 @@ var taskCases = map[string]conformanceCase{
 		require.ErrorIs(t, a.result(t).Err, initiator.ErrSessionLost)
 	}},
 }
+
+// A unit that hangs, behind a target that takes its time for each ABORT TASK, does
+// not keep a queue full of commands for as many times that long.
+func TestSlowAbortsOfManyCommandsEndInOneReset(t *testing.T) {
+	t.Parallel()
+	const n = 24
+	asked := make(chan uint8, n)
+	s := watches(t, impatient, func(r *raw) {
+		defer close(asked)
+		r.login()
+		for {
+			rq, _, ok := r.next(pdu.OpTaskMgmtReq, nil)
+			if !ok {
+				return
+			}
+			asked <- rq.Flags() &^ pdu.Final
+			if rq.Flags()&^pdu.Final == pdu.TMFAbortTask {
+				time.Sleep(900 * time.Millisecond) // short enough to be no death
+			}
+			r.tmfResponse(rq, pdu.TMFComplete)
+		}
+	})
+	var all []*waited
+	for range n {
+		all = append(all, read8(t, s.Session))
+	}
+	aborted := 0
+	for _, w := range all {
+		if w.result(t).Err == initiator.ErrAborted {
+			aborted++
+		}
+	}
+	require.NoError(t, s.Err())
+	s.Abort(initiator.ErrAborted)
+	var functions []uint8
+	for f := range asked {
+		functions = append(functions, f)
+	}
+	require.Less(t, len(functions), n/2)
+	require.Equal(t, pdu.TMFLUReset, functions[len(functions)-1])
+	require.Equal(t, n-len(functions)+1, aborted)
+}

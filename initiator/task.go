@@ -32,7 +32,10 @@ const tmfITT uint32 = 0xa0000000
 // istgt answers nothing for over a second, while it ends other sessions.
 const resetPatience = 5 * time.Second
 
-const tmfTime = 3 * time.Second // for the answer to one of our own
+const (
+	tmfTime   = 3 * time.Second // for the answer to one of our own
+	abortTime = 5 * time.Second // for ABORT TASK of one command after the other
+)
 
 // tmf is the one task management request in flight. The reader ends the tasks
 // that its answer disposes of, so that no answer of theirs can be in between.
@@ -228,23 +231,26 @@ func (s *Session) overdue() (idx, gen uint16, found bool) {
 	return idx, gen, found
 }
 
-// routineEscalate ends the commands that hang, one after the other.
+// routineEscalate ends the commands that hang, one after the other. A target that
+// takes its time for each ABORT TASK is not asked for a queue full of them: after
+// abortTime the rest ends with the unit's reset.
 func (s *Session) routineEscalate() {
 	defer s.alive.Done()
 	defer s.escalating.Store(false)
+	enough := s.ticks.Load() + max(1, uint32(abortTime/s.tickTime()))
 	for {
 		idx, gen, found := s.overdue()
-		if !found || !s.escalate(idx, gen) {
+		if !found || !s.escalate(idx, gen, pdu.SerialLess(s.ticks.Load(), enough)) {
 			return
 		}
 	}
 }
 
 // escalate ends a command that hangs although the target answers pings: ABORT
-// TASK, then LOGICAL UNIT RESET, then the session. A unit that was reset just
-// now is not reset once more: two initiators would keep each other at it.
-// False: the session is over.
-func (s *Session) escalate(idx, gen uint16) bool {
+// TASK, if there is time, then LOGICAL UNIT RESET, then the session. A unit that
+// was reset just now is not reset once more: two initiators would keep each other
+// at it. False: the session is over.
+func (s *Session) escalate(idx, gen uint16, abort bool) bool {
 	s.mu.Lock()
 	sl := &s.slots[idx]
 	if sl.cmd == nil || sl.finished || sl.gen != gen {
@@ -258,7 +264,10 @@ func (s *Session) escalate(idx, gen uint16) bool {
 		defer s.mu.Unlock()
 		return sl.cmd == nil || sl.finished || sl.gen != gen
 	}
-	steps := []*tmf{{function: pdu.TMFAbortTask, lun: lun, itt: uint32(gen)<<16 | uint32(idx), refCmdSN: cmdSN}}
+	var steps []*tmf
+	if abort {
+		steps = append(steps, &tmf{function: pdu.TMFAbortTask, lun: lun, itt: uint32(gen)<<16 | uint32(idx), refCmdSN: cmdSN})
+	}
 	if !doubted {
 		steps = append(steps, &tmf{function: pdu.TMFLUReset, lun: lun, itt: pdu.NoTag})
 	}
