@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -214,6 +215,29 @@ func TestAFloodOfSilentClientsKeepsNobodyOut(t *testing.T) {
 	}
 	time.Sleep(200 * time.Millisecond)
 	require.Less(t, runtime.NumGoroutine(), before+30, "silent clients pile up")
+}
+
+// Those who may not come at all take nobody's place in the handshake.
+func TestClientsOfOtherNetworksKeepNobodyOut(t *testing.T) {
+	s := NewServer(Config{MaxConnections: 1})
+	require.NoError(t, s.AddExport(Export{Name: "disk", Device: &ram{data: make([]byte, 1<<20)}}))
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	go s.Serve(ln, Access{Allow: []netip.Prefix{netip.MustParsePrefix("127.0.0.2/32")}})
+	t.Cleanup(func() { require.NoError(t, s.Shutdown(context.Background())) })
+	from := func(ip string) *peer {
+		nc, err := (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}).Dial("tcp", ln.Addr().String())
+		require.NoError(t, err)
+		t.Cleanup(func() { nc.Close() })
+		nc.SetDeadline(time.Now().Add(20 * time.Second))
+		return &peer{t, nc}
+	}
+	p := from("127.0.0.2")
+	p.hello(3)
+	from("127.0.0.1").closed()
+	p.Write(option(proto.OptExportName, []byte("disk")))
+	p.get(10)
+	p.Close()
 }
 
 // All that one export's clients get is that export's, whatever they ask for

@@ -295,10 +295,6 @@ func (s *Server) serve(cn *conn) {
 	defer s.leave(cn)
 	c := cn.c
 	c.SetDeadline(time.Now().Add(handshakeTime))
-	if !cn.access.welcomes(c) {
-		s.cfg.Logger.Warn("NBD client refused: its address is not allowed", "client", c.RemoteAddr().String())
-		return
-	}
 	x, agreed, err := s.handshake(c, cn.access.TLS)
 	if err != nil {
 		s.cfg.Logger.Debug("NBD handshake ended", "error", err)
@@ -392,9 +388,15 @@ func (s *Server) isStopped() bool {
 	return s.stopped
 }
 
-// enter admits a client to the handshake. When too many are in theirs the
-// oldest one goes, so that a flood of silent clients keeps no other out.
+// enter admits a client to the handshake, if it may come from its address. When
+// too many are in theirs the oldest one goes, so that a flood of silent clients
+// keeps no other out.
 func (s *Server) enter(c net.Conn, a Access) (*conn, bool) {
+	if !a.welcomes(c) {
+		s.cfg.Logger.Warn("NBD client refused: its address is not allowed", "client", c.RemoteAddr().String())
+		c.Close()
+		return nil, false
+	}
 	cn, ok := s.enterAs(&conn{c: c, access: a})
 	if !ok {
 		c.Close()
