@@ -63,7 +63,9 @@ func numberOr(lo, hi int64, words ...string) func(string) error {
 
 func text(v string) error { return nil }
 
-func noSlash(v string) error {
+// CheckAlias tells why a map cannot have this name, which is also that of its NBD
+// export and of a link in /dev/mpath; nil: it can.
+func CheckAlias(v string) error {
 	if v == "" || strings.Contains(v, "/") || strings.ContainsAny(v, "\n\x00") || v == "." || v == ".." {
 		return fmt.Errorf("%q: a name without slashes is wanted", v)
 	}
@@ -173,9 +175,9 @@ var options = []option{
 	{"failback", "DVMO", numberOr(0, 86400, "immediate", "manual", "followover"), "", ""}, // paths.Config.Failback
 	{"no_path_retry", "DVMO", numberOr(0, 1<<20, "fail", "queue"), "", "queue"},
 	{"user_friendly_names", "DVMO", yesNo, "", "no"},
-	{"alias_prefix", "DVO", noSlash, "", "mpath"},
+	{"alias_prefix", "DVO", CheckAlias, "", "mpath"},
 	{"wwid", "M", text, "", ""},
-	{"alias", "M", noSlash, "", ""},
+	{"alias", "M", CheckAlias, "", ""},
 	{"ghost_protection", "DVMO", func(v string) error { return strictly(v, "hold", "strict", "shadow", "off") }, "", "hold"},
 	{"shadow_limit", "DVMO", number(1, 1<<20), "", "64"}, // MiB
 	{"fence_by", "DVMO", func(v string) error { return strictly(v, "reset", "preempt") }, "", "reset"},

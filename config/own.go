@@ -88,9 +88,7 @@ func (p *parser) initiator(b *block, t, v token, val string) {
 			return
 		}
 	case key == "name" && b.name == "initiator":
-		if !strings.HasPrefix(val, "iqn.") && !strings.HasPrefix(val, "eui.") && !strings.HasPrefix(val, "naa.") || len(val) > 223 {
-			err = fmt.Errorf("%q: an initiator name begins with iqn., eui. or naa.", val)
-		}
+		err = CheckInitiatorName(val)
 	case key == "failover_time" && b.name == "initiator":
 		err = duration(val)
 	case key == "header_digest" || key == "data_digest":
@@ -121,6 +119,15 @@ func (p *parser) initiator(b *block, t, v token, val string) {
 		return
 	}
 	p.set(b, t, val)
+}
+
+// CheckInitiatorName tells why a name cannot be that of an iSCSI node, or nil: by
+// its type and its length (RFC 7143 4.2.7).
+func CheckInitiatorName(name string) error {
+	if !strings.HasPrefix(name, "iqn.") && !strings.HasPrefix(name, "eui.") && !strings.HasPrefix(name, "naa.") || len(name) > 223 {
+		return fmt.Errorf("%q: an initiator name begins with iqn., eui. or naa. and has at most 223 bytes", name)
+	}
+	return nil
 }
 
 func (p *parser) nbd(b *block, t, v token, val string) {

@@ -120,25 +120,41 @@ func (g *Group) cfg() *policy { return g.policy.Load() }
 
 // newPolicy checks a configuration for a unit and fills in defaults.
 func newPolicy(c Config, first *initiator.LUInfo) (*policy, error) {
-	if err := c.choose(); err != nil {
+	p, err := c.policyFor(first.TPGS != 0)
+	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+	}
+	return p, nil
+}
+
+// Check tells which option has a value that no map could be made with, by its
+// name in multipath.conf, and what is wanted; nil: none. It does no I/O.
+func (c Config) Check() error {
+	_, err := c.policyFor(false)
+	return err
+}
+
+// policyFor makes the policy of a unit with or without asymmetric access states.
+func (c Config) policyFor(alua bool) (*policy, error) {
+	if err := c.choose(); err != nil {
+		return nil, err
 	}
 	c.fill()
 	sel, err := selector.New(c.Selector, now)
 	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+		return nil, err
 	}
 	chk, err := checker.New(c.Checker)
 	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+		return nil, err
 	}
 	name := c.Prio
-	if name == "" && first.TPGS != 0 {
+	if name == "" && alua {
 		name = "alua"
 	}
 	pr, err := prio.New(name, c.PrioArgs)
 	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", c.Alias, err)
+		return nil, err
 	}
 	return &policy{c, chk, pr, sel, make(chan struct{})}, nil
 }

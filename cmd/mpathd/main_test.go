@@ -4,10 +4,13 @@ import (
 	"io"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/mpathd/mpathd/config"
 	"github.com/mpathd/mpathd/daemon"
+	"github.com/mpathd/mpathd/initiator"
 	"github.com/mpathd/mpathd/paths"
 )
 
@@ -44,6 +47,11 @@ func TestExitCodesAndMessages(t *testing.T) {
 		{[]string{"wwid"}, 2, "name a PATH-URL or --vpd83 FILE"},
 		{[]string{"wwid", "--vpd83", "/dev/null"}, 1, "/dev/null"},
 		{[]string{"run", "--nbd", "nowhere", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "want unix:PATH or tcp:HOST:PORT"},
+		{[]string{"run", "--policy", "bad", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, `path_grouping_policy "bad": want one of failover, `},
+		{[]string{"run", "--prio", "iet", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "iet wants preferredip="},
+		{[]string{"run", "--alias", "a/b", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "a name without slashes"},
+		{[]string{"run", "--initiator", "host", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "begins with iqn., eui. or naa."},
+		{[]string{"run", "--failover-time", "1ms", "iscsi://127.0.0.1/iqn.a:b/0"}, 2, "want 100ms or more"},
 		{[]string{"run", "http://x"}, 2, "want iscsi://"},
 		{[]string{"compat", "fdisk"}, 2, "multipath or multipathd"},
 	} {
@@ -55,6 +63,28 @@ func TestExitCodesAndMessages(t *testing.T) {
 		require.ErrorContains(t, err, x.says, "%v", x.args)
 		require.Equal(t, x.code, exitCode(err), "%v: %v", x.args, err)
 	}
+}
+
+// What `show config` prints of a run from PATH-URLs alone is a configuration.
+func TestConfigOfARunWithoutAFileReadsBack(t *testing.T) {
+	logFormat = "text"
+	f := runCommand().Flags()
+	require.NoError(t, f.Parse([]string{"--policy=multibus", "--replicated", "--fence-command=ssh pdu off", "--no-path-retry=12"}))
+	u, err := initiator.ParseURL("iscsi://guest%twelve-bytes-@10.0.0.1/iqn.a:b/3")
+	require.NoError(t, err)
+	o := daemon.Options{InitiatorName: "iqn.a:host", NBD: "unix:/run/n", FailoverTime: 2 * time.Second, Targets: []initiator.URL{u}, Policy: paths.Config{PollingInterval: 3 * time.Second}}
+	text := configText(flagConfig(f, &o, "none", 1), true)
+	require.NotContains(t, text, "twelve")
+	c := config.Parse("show config", text)
+	require.Empty(t, c.Errors, "%s", text)
+	require.Empty(t, c.Warnings, "%s", text)
+	s := c.For(config.LU{WWID: "3600"})
+	require.Equal(t, "multibus", s.Policy)
+	require.Equal(t, 12, s.NoPathRetry)
+	require.True(t, s.Replicated)
+	require.Equal(t, 12*time.Second, s.MaxPollingInterval)
+	require.Equal(t, "ssh pdu off", s.FenceCommand)
+	require.Equal(t, config.Section{"url": "iscsi://guest@10.0.0.1:3260/iqn.a:b/3"}, c.Initiator.Target[0])
 }
 
 // A device that the daemon does not detach is somebody's: say whose, and what to do.

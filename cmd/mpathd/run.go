@@ -72,6 +72,9 @@ func runCommand() *cobra.Command {
 				return usageError{fmt.Errorf("--shadow-limit %d: want 1 to %d (MiB)", shadow, 1<<20)}
 			}
 			o.Policy.ShadowLimit = shadow << 20
+			if err := checkFlags(cmd.Flags(), &o, file != "" || len(urls) == 0); err != nil {
+				return usageError{fmt.Errorf("run: %w", err)}
+			}
 			o.Logger = logger()
 			if fence != "" {
 				o.Policy.FenceCommand = daemon.FenceCommand(o.Logger, fence)
@@ -146,24 +149,18 @@ func runCommand() *cobra.Command {
 					return err
 				}
 			}
-			o.ShowConfig = func() any {
-				c := effective.Load()
-				if c == nil {
-					return map[string]any{}
-				}
-				return configJSON(c, true)
+			if file == "" {
+				effective.Store(flagConfig(cmd.Flags(), &o, attachTo, connections))
 			}
-			o.ConfigText = func(local bool) string {
-				if c := effective.Load(); c != nil {
-					return configText(c, local)
-				}
-				return ""
+			o.ShowConfig = func() any { return configJSON(effective.Load(), true) }
+			o.ConfigText = func(local bool) string { // no hardware table counts without a file
+				return configText(effective.Load(), local || file == "")
 			}
 			o.BlacklistText = func() string {
-				if c := effective.Load(); c != nil {
-					return blacklistText(c)
+				if file == "" {
+					return compat.NoBlacklist
 				}
-				return compat.NoBlacklist
+				return blacklistText(effective.Load())
 			}
 			o.Inherited = inheritedFromStore()
 			if takeOver {
