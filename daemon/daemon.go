@@ -219,7 +219,7 @@ func Start(o Options) (*Daemon, error) {
 	if o.Metrics != "" {
 		if err := d.serveMetrics(o.Metrics); err != nil {
 			closeAll()
-			return nil, fmt.Errorf("metrics: %w", err)
+			return nil, fmt.Errorf("metrics at %s: %w: want a free HOST:PORT", o.Metrics, err)
 		}
 	}
 	d.http = &http.Server{Handler: d.handler(), ReadHeaderTimeout: 5 * time.Second}
@@ -310,7 +310,7 @@ func (d *Daemon) addPath(f *follower, lun [8]byte, info *initiator.LUInfo) error
 		u.LUN, u.HasLUN = lun, true
 	}
 	if info.WWID == "" {
-		return fmt.Errorf("%w: %s has no SCSI ID (VPD pages 83 and 80 are empty)", paths.ErrRefused, UnitName(u))
+		return fmt.Errorf("%w: %s has no SCSI ID (VPD pages 83 and 80 are empty): set an ID or a serial number of the unit at the target", paths.ErrRefused, UnitName(u))
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -440,13 +440,13 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 	cfg.Classes, cfg.Tested, cfg.Targets = d.risk.classes(), d.risk.before[wwid], d.targets
 	cfg.OnClass = func(target string, c paths.Trust) {
 		if err := d.risk.setClass(target, c); err != nil {
-			d.log.Error("state file not written: what the self-test found is known to this run only", "file", d.o.State, "target", target, "cause", err)
+			d.unwritten("what the self-test found is known to this run only", err, "target", target)
 		}
 	}
 	cfg.Lost = d.risk.lost(wwid)
 	cfg.OnLoss = func(lost bool) {
 		if err := d.risk.setLost(wwid, lost); err != nil {
-			d.log.Error("state file not written: after a crash, it would not be known that acknowledged writes are lost", "file", d.o.State, "cause", err)
+			d.unwritten("after a crash, it would not be known that acknowledged writes are lost", err)
 		}
 	}
 	cfg.OnRisk = func(name string, risk bool, portals []string) {
@@ -458,9 +458,14 @@ func (d *Daemon) remember(cfg *paths.Config, wwid string, lun [8]byte) {
 		}
 		d.mu.Unlock()
 		if err := d.risk.set(wwid, name, risk, riskPath{url, portals}); err != nil {
-			d.log.Error("state file not written: after a crash, writes under way on this path would not be known", "file", d.o.State, "cause", err)
+			d.unwritten("after a crash, writes under way on this path would not be known", err, "path", name)
 		}
 	}
+}
+
+// unwritten tells what it means that the state file could not be written.
+func (d *Daemon) unwritten(so string, cause error, with ...any) {
+	d.log.Error("state file not written: "+so, append([]any{"file", d.o.State, "cause", cause, "do", "make room there or mend its rights, or name another place with --state"}, with...)...)
 }
 
 func (d *Daemon) attach(m *mapEntry) {
@@ -522,7 +527,7 @@ func (d *Daemon) stop(ctx context.Context, detach bool) error {
 	}
 	wg.Wait()
 	if err := d.risk.flush(); err != nil {
-		d.log.Error("state file not written: the next run tests its paths anew", "file", d.o.State, "cause", err)
+		d.unwritten("the next run tests its paths anew", err)
 	}
 	d.state.Release()
 	if err := kernel.Settle(ctx); err != nil {

@@ -326,6 +326,9 @@ func readPDU(r io.Reader, h *pdu.Header, maxData int) ([]byte, error) {
 	}
 	n := h.DataLen()
 	if n > maxData || h.AHSLen() > 0 {
+		if op := h.Opcode(); op != pdu.OpLoginResp && op != pdu.OpReject {
+			return nil, breach("its answer to a login begins with %q: is it an iSCSI target that listens there?", h[:16])
+		}
 		return nil, breach("login response of %d bytes with %d of extra header", n, h.AHSLen())
 	}
 	data := make([]byte, n+pdu.Pad(n))

@@ -338,7 +338,7 @@ func (g *Group) publish() {
 	case len(old.all) > 0 && !g.closed:
 		g.wakeRested()
 		g.noPathSince = time.Now()
-		g.log.Warn("no usable path left", "no_path_retry", g.retryText())
+		g.log.Warn("no usable path left", "no_path_retry", g.retryText(), "do", "`mpathd show paths` has the last error of each")
 	}
 	g.mindRetry()
 }
@@ -414,7 +414,7 @@ func (g *Group) stopQueueing() {
 	g.mu.Unlock()
 	g.restart()
 	g.failHeld(block.ErrNoPath)
-	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", retry)
+	g.log.Error("no path came back in time: queued I/O failed", "no_path_retry", retry, "do", "bring a path back: I/O goes on at once; `no_path_retry queue` would have waited")
 }
 
 func errServers(alias, a, b string) error {

@@ -133,7 +133,7 @@ func (g *Group) hearFence(s Session, e *epoch, lun [8]byte) {
 func (g *Group) powerLoss(path string, at int64) {
 	g.loss.lose(at, g.ledger.omit)
 	g.background(func() {
-		g.log.Error("a server lost its power, and acknowledged writes that were not flushed with it: the next flush fails", "path", path)
+		g.log.Error("a server lost its power, and acknowledged writes that were not flushed with it: the next flush fails", "path", path, "do", "check the file system or database on the map")
 		g.saveLoss()
 	})
 }

@@ -101,8 +101,11 @@ func (g *Group) restart() {
 func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	g.mu.Lock()
 	missing := g.ledger.unflushable()
+	var down []string
 	for _, pt := range *g.everyPath.Load() {
-		missing = missing || r.Route.State&(1<<pt.index) == 0 && pt.unflushed() && pt.current.Load() == nil
+		if r.Route.State&(1<<pt.index) == 0 && pt.unflushed() && pt.current.Load() == nil {
+			missing, down = true, append(down, pt.Name)
+		}
 	}
 	wait := missing && !g.closed && g.queueing()
 	if wait {
@@ -116,7 +119,11 @@ func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	g.mu.Unlock()
 	switch {
 	case wait:
-		g.log.Warn("a flush waits for a server that holds unflushed writes and is not reachable")
+		if len(down) > 0 {
+			g.log.Warn("a flush waits for a server that holds unflushed writes and is not reachable", "paths", down, "do", "bring a path to it back: `mpathd show paths` has what keeps them down")
+		} else {
+			g.log.Warn("a flush waits for the fence of an old session", "do", "see `mpathd show maps`")
+		}
 	case missing:
 		g.finish(r, block.ErrIO, p) // never a false success
 	default:

@@ -13,7 +13,7 @@ const (
 	Never       = "never"
 	GrowAndCut  = "grow_shrink"
 	errShrunk   = "%w: the unit has %d blocks, the map %d: if that was meant, run `mpathd resize MAP --force`"
-	errNoLive   = "map %s: no path is up to ask for the new size"
+	errNoLive   = "map %s: no path is up to ask for the new size: `mpathd show paths` says why"
 	errStandby  = "map %s: the unit is in standby through all paths that are up, and does not tell its size"
 	errSameSize = "map %s has %d blocks, and so have all its paths: %w"
 )

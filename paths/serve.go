@@ -279,7 +279,7 @@ func (p *Path) identify(ctx context.Context, s Session) (*initiator.LUInfo, erro
 	}
 	p.g.learnUnit(info)
 	if err := p.fits(info); err != nil {
-		err = fmt.Errorf("identity changed, the path is out until reinstated by hand: %w", err)
+		err = fmt.Errorf("identity changed, the path stays out until `mpathd reinstate %s`: %w", p.Name, err)
 		p.set(func() {
 			p.wrongLU = true
 			if errors.Is(err, errShrank) {

@@ -218,7 +218,7 @@ func wwidCommand() *cobra.Command {
 				return usageError{fmt.Errorf("wwid: name a PATH-URL or --vpd83 FILE")}
 			}
 			if wwid == "" {
-				return fmt.Errorf("wwid: the unit has no usable ID")
+				return fmt.Errorf("wwid: the unit has no usable ID: set one, or a serial number, at the target")
 			}
 			if !asJSON {
 				fmt.Println(wwid)
