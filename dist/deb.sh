@@ -20,7 +20,9 @@ gzip -9n "$root"/usr/share/man/man8/*
 "$binary" completion fish > "$root/usr/share/fish/vendor_completions.d/mpathd.fish"
 doc=$root/usr/share/doc/mpathd
 install -d "$doc/examples"
-install -m 0644 "$here"/../README.md "$here"/../docs/*.md "$doc"
+install -m 0644 "$here"/../docs/*.md "$doc"
+sed 's|](docs/|](|g' "$here"/../README.md > "$doc/README.md" # beside the others here
+chmod 0644 "$doc/README.md"
 install -m 0644 "$here"/../docs/examples/* "$doc/examples"
 install -m 0644 "$here"/prometheus/*.yml "$here"/grafana/*.json "$doc/examples"
 install -m 0644 "$here/../LICENSE" "$doc/copyright"

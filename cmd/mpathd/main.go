@@ -46,8 +46,20 @@ func exitCode(err error) int {
 	return 1
 }
 
+// about begins the help and the manual page of mpathd itself.
+const about = `mpathd logs in to iSCSI targets, recognises a disk behind them by its SCSI ID, sends
+each request down a healthy path, and shows the disk as /dev/nbdX and as an NBD export.
+
+"mpathd run" is the daemon; "show", "fail", "reinstate" and the like speak to it over its
+control socket, which --control or MPATHD_CONTROL in the environment names. They exit with
+0 for success, 1 for a failure, 2 for wrong usage. Messages go to stderr, data to stdout.
+
+Files: /etc/mpathd.conf, else /etc/multipath.conf (configuration); /run/mpathd (sockets,
+locks); /var/lib/mpathd (unfenced paths, names of maps, a generated initiator name);
+/usr/share/doc/mpathd (documentation: begin with operations.md if something is wrong).`
+
 func rootCommand() *cobra.Command {
-	root := &cobra.Command{Use: "mpathd", Short: "one block device out of several iSCSI paths", SilenceErrors: true, SilenceUsage: true, Args: cobra.ArbitraryArgs,
+	root := &cobra.Command{Use: "mpathd", Short: "one block device out of several iSCSI paths", Long: about, SilenceErrors: true, SilenceUsage: true, Args: cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, a []string) error { return group(c, a) },
 		PersistentPreRunE: func(*cobra.Command, []string) error {
 			if logFormat != "text" && logFormat != "json" {
