@@ -41,12 +41,13 @@ func (o Op) String() string {
 type Flags uint8
 
 const (
-	// FUA makes a mutation durable before it completes.
+	// FUA makes a mutation durable before it completes (NBD_CMD_FLAG_FUA; the FUA
+	// bit of SBC-3 5.33, or a flush behind the mutation).
 	FUA Flags = 1 << iota
 	// NoUnmap forbids WriteZeroes to deallocate (NBD_CMD_FLAG_NO_HOLE).
 	NoUnmap
 	// FastZero makes WriteZeroes fail with ErrNotSup where it would be no faster
-	// than writing zeroes.
+	// than writing zeroes (NBD_CMD_FLAG_FAST_ZERO).
 	FastZero
 )
 
@@ -94,7 +95,9 @@ type Completer interface {
 
 // A Device serves requests. Submit never blocks and never fails: each request
 // is completed exactly once, possibly before Submit returns. System calls that
-// the request needs may wait in p until p.Flush.
+// the request needs may wait in p until p.Flush. From Submit to Complete the
+// device owns r and r.Data. Both methods are for many goroutines at once; what
+// Geometry returns may change when the unit is resized.
 type Device interface {
 	Geometry() Geometry
 	Submit(r *Request, p *Plug)
@@ -106,11 +109,11 @@ type Geometry struct {
 	BlockSize     int   // logical block, bytes: the unit of Off and Len
 	PhysicalBlock int   // physical block, bytes (>= BlockSize)
 	OptimalIO     int   // preferred I/O size in bytes, 0 if unknown
-	ReadOnly      bool
-	Rotational    bool
-	Trim          bool // Trim does something
-	FastZero      bool // WriteZeroes is faster than writing, until it fails with ErrNotSup
-	WriteCache    bool // a volatile cache exists, so Flush matters
+	ReadOnly      bool  // mutations fail with ErrReadOnly
+	Rotational    bool  // seeking costs time, or nobody says that it does not
+	Trim          bool  // Trim does something
+	FastZero      bool  // WriteZeroes is faster than writing, until it fails with ErrNotSup
+	WriteCache    bool  // a volatile cache exists, so Flush matters
 }
 
 // Extent is a run of bytes of one allocation state.
@@ -127,19 +130,21 @@ type Mapper interface {
 	Extents(ctx context.Context, off, n int64, limit int) []Extent
 }
 
-// Error kinds. Hot paths compare and copy these; they never build errors.
+// Error kinds. Hot paths compare and copy these; they never build errors. Behind
+// each: what the unit said (sense key, ASC/ASCQ), and what an NBD client is told if
+// that is not EIO.
 var (
-	ErrIO          = errors.New("input/output error")
-	ErrMedium      = errors.New("unrecovered medium error")
-	ErrNoSpace     = errors.New("no space left on device")
-	ErrReadOnly    = errors.New("device is write protected")
-	ErrInvalid     = errors.New("invalid request")
-	ErrOutOfRange  = errors.New("request beyond the end of the device")
-	ErrNotSup      = errors.New("operation not supported")
-	ErrReservation = errors.New("reservation conflict")
-	ErrTarget      = errors.New("the logical unit refuses or cannot do this")
-	ErrIntegrity   = errors.New("protection information does not match the data")
-	ErrTimeLimit   = errors.New("the logical unit gave the command up: its time was over")
-	ErrNoPath      = errors.New("no usable path")
-	ErrShutdown    = errors.New("device is shutting down")
+	ErrIO          = errors.New("input/output error")                                      // retries or patience used up
+	ErrMedium      = errors.New("unrecovered medium error")                                // 3
+	ErrNoSpace     = errors.New("no space left on device")                                 // 7 27/07; ENOSPC
+	ErrReadOnly    = errors.New("device is write protected")                               // 7, all else; EPERM
+	ErrInvalid     = errors.New("invalid request")                                         // no device would take it; EINVAL
+	ErrOutOfRange  = errors.New("request beyond the end of the device")                    // 5 21; EINVAL
+	ErrNotSup      = errors.New("operation not supported")                                 // FastZero; ENOTSUP
+	ErrReservation = errors.New("reservation conflict")                                    // status RESERVATION CONFLICT; EPERM
+	ErrTarget      = errors.New("the logical unit refuses or cannot do this")              // 4, 5 and what nobody knows
+	ErrIntegrity   = errors.New("protection information does not match the data")          // B 10
+	ErrTimeLimit   = errors.New("the logical unit gave the command up: its time was over") // B 2E/01 to 03, F 55/0A
+	ErrNoPath      = errors.New("no usable path")                                          // no_path_retry is used up
+	ErrShutdown    = errors.New("device is shutting down")                                 // ESHUTDOWN
 )

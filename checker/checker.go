@@ -13,16 +13,17 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
-// State of a path by its checker.
+// State of a path by its checker, with the words and meanings of multipath-tools
+// (libmultipath/checkers.h).
 type State string
 
 const (
-	Up      State = "up"
-	Down    State = "down"
+	Up      State = "up"      // it takes I/O
+	Down    State = "down"    // it answers with an error, or not at all
 	Ghost   State = "ghost"   // usable after a failover of the array
 	Pending State = "pending" // in transition: ask again soon
-	Timeout State = "timeout"
-	Shaky   State = "shaky" // busy with itself: not now
+	Timeout State = "timeout" // no answer before the context ended
+	Shaky   State = "shaky"   // busy with itself: not now
 	// Disconnected: the target says that there is no such unit.
 	Disconnected State = "disconnected"
 )
@@ -30,24 +31,26 @@ const (
 // Verdict is the outcome of one check.
 type Verdict struct {
 	State State
-	Err   error // why not up
+	Err   error // why not up; nil with Up
 }
 
 // LU is the unit under check, through one path.
 type LU struct {
-	Doer      initiator.Doer
-	LUN       [8]byte
-	BlockSize int // bytes
-	Use16     bool
+	Doer      initiator.Doer // the session to ask through
+	LUN       [8]byte        // raw
+	BlockSize int            // bytes; 0: unknown, then nothing can be read
+	Use16     bool           // READ (16), else READ (10)
 }
 
-// Checker is one way to check.
+// Checker is one way to check. Check asks and waits for the answer, until ctx ends; it
+// changes nothing at the unit. One Checker serves all paths of a map at once.
 type Checker interface {
-	Name() string
+	Name() string // as in path_checker
 	Check(ctx context.Context, lu LU) Verdict
 }
 
-// New returns the checker of a path_checker setting.
+// New returns the checker of a path_checker setting, tur for an empty one. The error
+// lists the names.
 func New(name string) (Checker, error) {
 	switch name {
 	case "tur", "":
@@ -71,7 +74,8 @@ func New(name string) (Checker, error) {
 // Names are the checkers that New knows.
 var Names = []string{"tur", "readsector0", "directio", "none", "rdac", "emc_clariion", "hp_sw"}
 
-// TUR asks without touching the medium.
+// TUR asks with TEST UNIT READY, without touching the medium. A reservation conflict
+// counts as up: reads may go through, and the guest is told of the rest.
 var TUR Checker = tur{}
 
 type none struct{}
@@ -126,7 +130,7 @@ func verdict(ctx context.Context, err error) Verdict {
 // Interval is the time between checks: it starts at Min and doubles to Max
 // while checks are good and nothing changes.
 type Interval struct {
-	Min, Max time.Duration
+	Min, Max time.Duration // polling_interval, max_polling_interval
 	cur      time.Duration
 }
 

@@ -44,15 +44,16 @@ var builtin = sync.OnceValue(func() (out []Section) {
 
 // LU is what a configuration may look at.
 type LU struct {
-	WWID                      string
-	Synonyms                  []string
-	Vendor, Product, Revision string
-	ALUA                      bool   // it has asymmetric access states
-	Transport                 string // as `protocol` patterns spell it; empty: not known
-	Device                    string // name of the block device of a local path, without /dev/; empty: none
+	WWID                      string   // as scsi_id prints it
+	Synonyms                  []string // its other spellings, which match as well
+	Vendor, Product, Revision string   // of INQUIRY, blanks trimmed
+	ALUA                      bool     // it has asymmetric access states
+	Transport                 string   // as `protocol` patterns spell it; empty: not known
+	Device                    string   // name of the block device of a local path, without /dev/; empty: none
 }
 
-// Settings are those of one map.
+// Settings are those of one map, each the value of the option of its name (see
+// docs/configuration.md), checked by the parser.
 type Settings struct {
 	Alias              string // empty: by user_friendly_names or WWID
 	Named              bool   // a multipath section names the WWID
@@ -66,7 +67,7 @@ type Settings struct {
 	Checker            string
 	Failback           string // immediate, manual or followover; empty: as the number of servers asks for
 	FailbackAfter      time.Duration
-	NoPathRetry        int // -1 queue, 0 fail, N checks
+	NoPathRetry        int // -1 queue, 0 fail, N polling intervals
 	PollingInterval    time.Duration
 	MaxPollingInterval time.Duration
 	CheckTimeout       time.Duration
@@ -95,14 +96,14 @@ type Settings struct {
 // PathErrors is san_path_err_*: a path that came back more than Threshold times
 // is kept back for Recovery; ForgetRate good checks forget one.
 type PathErrors struct {
-	Threshold, ForgetRate int
+	Threshold, ForgetRate int // returns, good checks
 	Recovery              time.Duration
 }
 
 // Sampling is marginal_path_*: see paths.Sampling.
 type Sampling struct {
-	DoubleFailed, Sample, Recheck time.Duration
-	Rate                          int // errors of 1000 reads
+	DoubleFailed, Sample, Recheck time.Duration // whole seconds
+	Rate                          int           // errors of 1000 reads
 }
 
 // BuiltIn is the hardware table as sections `device`, in order.

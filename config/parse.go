@@ -22,33 +22,35 @@ const (
 	maxLine = 16 << 10
 )
 
-// Section is the settings of one block, by keyword.
+// Section is the settings of one block, by keyword as written, quotes removed.
 type Section map[string]string
 
-// Criteria is a blacklist or its exceptions.
+// Criteria is a blacklist or its exceptions; Config.Blacklisted applies both.
 type Criteria struct {
-	Devnode, WWID, Property, Protocol []string
-	Device                            []Section
+	Devnode, WWID, Property, Protocol []string  // POSIX extended regular expressions
+	Device                            []Section // vendor, product
 }
 
 // Initiator is the section of that name.
 type Initiator struct {
 	Settings Section
-	Discover []string
+	Discover []string  // portals, as written
 	Target   []Section // url, and CHAP settings of its own
 }
 
-// Config is a whole configuration as written.
+// Config is a whole configuration as written: sections that a file has several
+// times are joined. For says what it means for a unit.
 type Config struct {
 	Defaults   Section
 	Blacklist  Criteria
 	Exceptions Criteria
-	Devices    []Section
+	Devices    []Section // of devices, in order; the built-in table is not among them
 	Multipaths []Section
 	Overrides  Section
 	Initiator  Initiator
 	NBD        Section
 
+	// With Errors the configuration must not be used; Warnings it means no harm.
 	Errors, Warnings []*Diagnostic
 
 	// Where the sections of the lists above and their settings stand, for what

@@ -13,7 +13,7 @@ import (
 // results of commands: a unit attention or a deferred error, whichever command
 // it came with, an asynchronous event, or a reset.
 type Notice struct {
-	LUN [8]byte
+	LUN [8]byte // raw
 	// Sense is what the unit reported; not Valid for the events below.
 	Sense scsi.Sense
 	// Reset: this session has reset the unit. Commands of other sessions to it

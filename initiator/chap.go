@@ -183,7 +183,8 @@ var chapHashes = map[string]func() hash.Hash{
 // Algorithms is a set of CHAP algorithms; empty means all.
 type Algorithms uint8
 
-// The algorithms.
+// The algorithms: CHAP_A 5 of RFC 7143 12.1.3, and 6, 7 and 8 of IANA's registry
+// "PPP Authentication Algorithms".
 const (
 	MD5 Algorithms = 1 << iota
 	SHA1

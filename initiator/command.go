@@ -37,13 +37,13 @@ const MaxSense = 96
 // Result is the outcome of a command. Err tells a transport outcome; with
 // Err nil, Status and Sense hold what the target said (SAM-5 5.3.1).
 type Result struct {
-	Err      error // nil, or ErrSessionLost, ErrTargetFailure, ErrShort, ErrOverflow, ErrTimeout, ErrAborted
-	Status   uint8 // SAM status, valid with Err == nil
-	SenseLen uint8
-	Sense    [MaxSense]byte
-	Residual uint32   // bytes not transferred (underflow)
-	Received uint32   // bytes of Data-In that arrived
-	Delivery Delivery // with ErrSessionLost
+	Err      error          // nil, or ErrSessionLost, ErrTargetFailure, ErrShort, ErrOverflow, ErrTimeout, ErrAborted
+	Status   uint8          // SAM status, valid with Err == nil
+	SenseLen uint8          // how many bytes of Sense are there
+	Sense    [MaxSense]byte // as received, see scsi.ParseSense
+	Residual uint32         // bytes not transferred (underflow)
+	Received uint32         // bytes of Data-In that arrived
+	Delivery Delivery       // with ErrSessionLost
 }
 
 // SenseData is the sense bytes received, empty if there were none.
@@ -66,7 +66,9 @@ var (
 	ErrAborted = errors.New("command aborted")
 )
 
-// Doner takes finished commands back. Done never blocks, allocates or logs.
+// Doner takes finished commands back: Done is called once for each that Submit
+// took, on any goroutine, after the session has let go of c and c.Data. It never
+// blocks, allocates or logs, and may submit again with p.
 type Doner interface {
 	Done(c *Command, p *block.Plug)
 }

@@ -22,15 +22,15 @@ type Portal struct {
 
 // DiscoveredTarget is one target of a SendTargets answer.
 type DiscoveredTarget struct {
-	Name    string // as the target spells it
-	Portals []Portal
+	Name    string   // as the target spells it
+	Portals []Portal // in its order; the one that was asked, if the target names none
 }
 
 // Discovered is what a portal said of itself. Skipped says what of it cannot be
 // used and why; it is fit for a log, whatever the portal sent.
 type Discovered struct {
 	Targets []DiscoveredTarget // in its order
-	Skipped []string
+	Skipped []string           // a sentence each, at most 64
 }
 
 const (

@@ -12,13 +12,14 @@ import (
 // acknowledged with ExpStatSN.
 type Login struct {
 	Conn              net.Conn // the caller closes it
-	Params            Params
-	MaxData           int // what we declared as MaxRecvDataSegmentLength, bytes
-	TargetPortalGroup uint16
+	Params            Params   // agreed on
+	MaxData           int      // what we declared as MaxRecvDataSegmentLength, bytes
+	TargetPortalGroup uint16   // TargetPortalGroupTag of the login (RFC 7143 13.9)
 	CmdSN, ExpStatSN  uint32
 }
 
-// LogIn connects to the portal and logs in as Open does, for a normal session.
+// LogIn connects to the portal and logs in as Open does, for a normal session, but
+// starts no goroutine on it. Errors as those of Open.
 func LogIn(ctx context.Context, c Config) (*Login, error) {
 	if c.FailoverTime <= 0 {
 		c.FailoverTime = time.Second

@@ -38,7 +38,8 @@ func (s *Session) announceWait(seconds uint16) {
 }
 
 // Close logs out (RFC 7143 11.14), waits at most two seconds for the answer,
-// closes the connection and waits until all commands are handed back.
+// closes the connection and waits until all commands are handed back. When ctx ends
+// first, the answer is not waited for. The error is always nil.
 func (s *Session) Close(ctx context.Context) error {
 	s.logout(ctx, errClosed)
 	<-s.done

@@ -16,26 +16,26 @@ type Doer interface {
 	Do(ctx context.Context, c *Command) error
 }
 
-// LUInfo is what a logical unit says of itself.
+// LUInfo is what a logical unit says of itself; Identify fills it.
 type LUInfo struct {
-	LUN                                  [8]byte
-	Vendor, Product, Revision, Serial    string
-	WWID                                 string
-	Synonyms                             []string
-	Designators                          []scsi.Designator
-	NumberedDefault                      bool // see scsi.WWID
-	Blocks                               uint64
-	BlockSize, PhysicalBlock             int // bytes
-	ReadOnly, WriteCache, DPOFUA         bool
-	Rotational, Unmap, WriteSame, Zeroes bool   // LBPU; WRITE SAME worth trying; LBPRZ
-	MaxTransfer, OptTransfer             uint32 // blocks, 0 unlimited
-	MaxUnmap                             uint32 // blocks, 0 unlimited
-	MaxWriteSame                         uint64 // blocks, 0 unlimited
-	TransferGranularity                  uint32 // blocks; transfers that are no multiple are slow
-	UnmapGranularity, UnmapAlignment     uint32 // blocks; UNMAP of less than a granule does nothing
-	UnmapSame                            bool   // LBPWS: WRITE SAME may deallocate
-	Use16                                bool   // 16-byte READ and WRITE
-	TPGS                                 uint8  // scsi.TPGSImplicit, scsi.TPGSExplicit
+	LUN                                  [8]byte           // raw, SAM-5 4.7
+	Vendor, Product, Revision, Serial    string            // INQUIRY and page 80, blanks trimmed
+	WWID                                 string            // as scsi_id prints it; empty: the unit has no ID
+	Synonyms                             []string          // other spellings of it, see scsi.WWID
+	Designators                          []scsi.Designator // page 83
+	NumberedDefault                      bool              // see scsi.WWID
+	Blocks                               uint64            // logical blocks
+	BlockSize, PhysicalBlock             int               // bytes
+	ReadOnly, WriteCache, DPOFUA         bool              // MODE SENSE: WP, WCE, DPOFUA; no answer counts as WCE
+	Rotational, Unmap, WriteSame, Zeroes bool              // LBPU; WRITE SAME worth trying; LBPRZ
+	MaxTransfer, OptTransfer             uint32            // blocks, 0 unlimited
+	MaxUnmap                             uint32            // blocks, 0 unlimited
+	MaxWriteSame                         uint64            // blocks, 0 unlimited
+	TransferGranularity                  uint32            // blocks; transfers that are no multiple are slow
+	UnmapGranularity, UnmapAlignment     uint32            // blocks; UNMAP of less than a granule does nothing
+	UnmapSame                            bool              // LBPWS: WRITE SAME may deallocate
+	Use16                                bool              // 16-byte READ and WRITE
+	TPGS                                 uint8             // scsi.TPGSImplicit, scsi.TPGSExplicit
 	// Standby says that the unit is in an asymmetric access state, through this
 	// port, in which it does not tell its capacity: Blocks may be 0.
 	Standby bool
@@ -44,11 +44,11 @@ type LUInfo struct {
 // Size is the capacity in bytes.
 func (l *LUInfo) Size() int64 { return int64(l.Blocks) * int64(l.BlockSize) }
 
-// StatusError is a command that the logical unit refused.
+// StatusError is a command that the logical unit refused; the session is well.
 type StatusError struct {
-	Op     string
-	Status uint8
-	Sense  scsi.Sense
+	Op     string     // the command's name in the standard
+	Status uint8      // SAM-5 5.3.1, not GOOD
+	Sense  scsi.Sense // with CHECK CONDITION
 }
 
 func (e *StatusError) Error() string {
@@ -65,20 +65,23 @@ func refusedByLU(err error) bool {
 	return errors.As(err, &e)
 }
 
-// TestUnitReady asks whether the unit is ready (SPC-4 6.47).
+// TestUnitReady asks whether the unit is ready (SPC-4 6.47): nil, or a *StatusError
+// with the sense that says what it lacks, or what Doer says.
 func TestUnitReady(ctx context.Context, d Doer, lun [8]byte) error {
 	_, err := run(ctx, d, "TEST UNIT READY", lun, scsi.TestUnitReady(), 0)
 	return err
 }
 
 // StartUnit starts a unit that says it needs START UNIT (SBC-3 5.25); it returns
-// when the unit is ready or refuses.
+// when the unit is ready, or with a *StatusError when it refuses. That may take as
+// long as a disk needs to spin up: ctx bounds it.
 func StartUnit(ctx context.Context, d Doer, lun [8]byte) error {
 	_, err := run(ctx, d, "START STOP UNIT", lun, scsi.StartUnit(), 0)
 	return err
 }
 
-// ReportLUNs lists the target's raw LUNs (SPC-4 6.33).
+// ReportLUNs lists the target's raw LUNs (SPC-4 6.33) in its order, each once and at
+// most scsi.FlatLUNs of them. It asks LUN 0, which need not have a unit.
 func ReportLUNs(ctx context.Context, d Doer) ([][8]byte, error) {
 	const usual, most = 8 + 8*256, 8 + 8*scsi.FlatLUNs
 	for alloc := uint64(usual); ; {
@@ -102,8 +105,10 @@ func vpd(page uint8) *question {
 	return &question{op: fmt.Sprintf("INQUIRY page %02x", page), cdb: scsi.Inquiry(true, page, 1024), alloc: 1024}
 }
 
-// VPDPage is a vital product data page as the unit gives it, up to 1024 bytes
-// (SPC-4 6.6).
+// VPDPage is a vital product data page as the unit gives it, header included, up to
+// 1024 bytes, which are the caller's (SPC-4 6.6, 7.8). A unit that does not have the
+// page answers with a *StatusError, or with another page: the parsers of package
+// scsi look at its code.
 func VPDPage(ctx context.Context, d Doer, lun [8]byte, page uint8) ([]byte, error) {
 	return one(ctx, d, lun, vpd(page))
 }
@@ -285,7 +290,10 @@ func (l *LUInfo) takeProvisioning(b []byte) error {
 	return err
 }
 
-// ReadBlocks reads and forgets blocks of the unit: what checkers do.
+// ReadBlocks reads blocks of blockSize bytes from lba on into memory of its own and
+// forgets them: what checkers do. use16 chooses READ (16), else lba and blocks must fit
+// READ (10) (SBC-3 5.11, 5.13). Errors as Doer says; an answer of fewer bytes with
+// status GOOD is none.
 func ReadBlocks(ctx context.Context, d Doer, lun [8]byte, lba uint64, blocks, blockSize int, use16 bool) error {
 	var cdb scsi.CDB
 	scsi.Read(&cdb, lba, uint32(blocks), use16)

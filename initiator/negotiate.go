@@ -18,15 +18,16 @@ const (
 	offeredR2T        = 8
 )
 
-// Params are the negotiated parameters.
+// Params are the parameters that a login agreed on, or their defaults (RFC 7143
+// clause 13).
 type Params struct {
-	InitialR2T               bool
-	ImmediateData            bool
-	FirstBurst               int // bytes
-	MaxBurst                 int // bytes
-	TargetMaxData            int // the target's MaxRecvDataSegmentLength, bytes
-	MaxR2T                   int
-	HeaderDigest, DataDigest bool // CRC32C
+	InitialR2T               bool // no unsolicited Data-Out (13.10)
+	ImmediateData            bool // data may follow a command in its own PDU (13.11)
+	FirstBurst               int  // FirstBurstLength: unsolicited bytes of one command (13.14)
+	MaxBurst                 int  // MaxBurstLength: bytes of one R2T or Data-In sequence (13.13)
+	TargetMaxData            int  // the target's MaxRecvDataSegmentLength, bytes (13.12)
+	MaxR2T                   int  // MaxOutstandingR2T of one command (13.17)
+	HeaderDigest, DataDigest bool // CRC32C (13.1)
 	Time2Wait                int  // DefaultTime2Wait, seconds
 }
 

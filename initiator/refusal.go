@@ -36,7 +36,9 @@ func (e settingError) Unwrap() error   { return e.error }
 
 func unsettled(format string, a ...any) error { return settingError{fmt.Errorf(format, a...)} }
 
-// LoginError is a login that the target refused (RFC 7143 11.13.5).
+// LoginError is a login that the target refused, by Status-Class and Status-Detail of
+// its Login Response (RFC 7143 11.13.5). Its text says what to do about it, Retry when
+// to try again.
 type LoginError struct{ Class, Detail uint8 }
 
 // refusals are the statuses of RFC 7143 11.13.5 and what to do about them.

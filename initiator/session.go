@@ -291,13 +291,15 @@ func open(ctx context.Context, c Config) (*Session, error) {
 	return s, nil
 }
 
-// State tells whether the session serves.
+// State tells whether the session serves, as of now: Submit may be refused all the
+// same. Config.OnState hears of changes.
 func (s *Session) State() State { return State(s.state.Load()) }
 
 // Done is closed when the session has ended and every command was handed back.
 func (s *Session) Done() <-chan struct{} { return s.done }
 
-// Err is why the session ended; nil while it lives.
+// Err is why the session ended; nil while it lives. It is ErrProtocol to
+// errors.Is if the target broke RFC 7143; ClosedByTarget tells who closed the connection.
 func (s *Session) Err() error {
 	select {
 	case <-s.dying:
@@ -307,7 +309,8 @@ func (s *Session) Err() error {
 	}
 }
 
-// TargetPortalGroup is the tag that the target named at login.
+// TargetPortalGroup is the tag that the target named at login (RFC 7143 13.9): with
+// ISID and names it makes the I_T nexus.
 func (s *Session) TargetPortalGroup() uint16 { return s.tpgt }
 
 // Redirected is the portal where the login ended, host:port, or empty if that
@@ -317,8 +320,9 @@ func (s *Session) Redirected() string { return s.elsewhere }
 // Negotiated are the parameters in force.
 func (s *Session) Negotiated() Params { return s.params }
 
-// Abort ends the session at once with a reset; commands come back with
-// ErrSessionLost.
+// Abort ends the session with cause, at once and with a reset, and does not wait:
+// commands come back with ErrSessionLost before Done is closed. A session that has
+// ended already keeps its cause.
 func (s *Session) Abort(cause error) { s.fail(cause) }
 
 // fail ends the session: the first cause counts. It never waits.

@@ -24,9 +24,9 @@ import (
 
 // Config bounds a server.
 type Config struct {
-	Logger         *slog.Logger
-	MaxConnections int // of one export, and in the handshake; default 64
-	MaxRequests    int // in flight per connection, default 128
+	Logger         *slog.Logger // nil: nothing is logged
+	MaxConnections int          // of one export, and in the handshake; default 64
+	MaxRequests    int          // in flight per connection, default 128
 	// TLS is what listeners with TLS offer. The kernel's own connections never use it.
 	TLS *tls.Config
 	// MaxBytes of buffers are for the clients of one export, default 40 MiB; one
@@ -88,12 +88,13 @@ func (w Without) hides(opt uint32) bool {
 	return false
 }
 
-// Export is a device under a name. Aliases name it too but are not listed.
+// Export is a device under a name. Aliases name it too but are not listed
+// (NBD_OPT_LIST).
 type Export struct {
-	Name        string
-	Aliases     []string
-	Description string
-	Device      block.Device
+	Name        string       // at most proto.MaxString bytes
+	Aliases     []string     // the same
+	Description string       // NBD_INFO_DESCRIPTION
+	Device      block.Device // not the server's: it outlives the export
 }
 
 type export struct {
@@ -174,7 +175,9 @@ func (s *Server) Resized(name string) {
 	}
 }
 
-// AddExport offers a device. Names are unique over names and aliases.
+// AddExport offers a device to clients that connect from now on. Names are unique
+// over names and aliases; a name that is taken or too long is an error, and then
+// nothing is offered.
 func (s *Server) AddExport(e Export) error {
 	g := e.Device.Geometry()
 	x := &export{Export: e, align: newAligner()}
@@ -246,7 +249,8 @@ func (s *Server) names() []string {
 	return ns
 }
 
-// Connections counts the connections that use an export.
+// Connections counts the connections that use an export, the kernel's included; 0 if
+// there is no such export.
 func (s *Server) Connections(name string) int {
 	if x := s.find(name); x != nil {
 		return int(x.connections.Load())
@@ -254,7 +258,9 @@ func (s *Server) Connections(name string) int {
 	return 0
 }
 
-// Serve accepts connections until the listener is closed or Shutdown is called.
+// Serve accepts connections until the listener is closed or Shutdown is called, which
+// closes ln: nil then, net.ErrClosed if Shutdown came before. It survives errors of
+// single connections, as when descriptors run out.
 func (s *Server) Serve(ln net.Listener, a Access) error {
 	s.mu.Lock()
 	if s.stopped {

@@ -20,7 +20,10 @@ import (
 	"github.com/mpathd/mpathd/selector"
 )
 
-// Session is a way to the target; *initiator.Session is one.
+// Session is a way to the target; *initiator.Session and *kernel.Session are two,
+// and say of each method what holds for all: Submit never blocks and takes nothing
+// when it returns false; after Abort or a loss every command is handed back, in the
+// order of submission, before Done is closed, and nothing touches its data then.
 type Session interface {
 	Submit(c *initiator.Command, p *block.Plug) bool
 	Do(ctx context.Context, c *initiator.Command) error
@@ -29,7 +32,8 @@ type Session interface {
 	Done() <-chan struct{}
 }
 
-// Opener logs in anew, with the ISID that belongs to the path.
+// Opener logs in anew, with the ISID that belongs to the path; ctx bounds the login
+// only. onState and onRoom are initiator.Config's OnState and OnRoom.
 type Opener func(ctx context.Context, onState func(initiator.State, error), onRoom func(*block.Plug)) (Session, error)
 
 // Group is one logical unit through its paths. See the package comment.
@@ -214,10 +218,10 @@ func errNumbered(wwid string) error {
 
 // PathConfig names a path.
 type PathConfig struct {
-	Name, URL, Portal, Target string
-	LUN                       [8]byte
-	LUNNumber                 uint64
-	Order                     int // as configured: lower is better, whoever comes up first
+	Name, URL, Portal, Target string  // Name is unique in the map; Portal is host:port
+	LUN                       [8]byte // raw
+	LUNNumber                 uint64  // scsi.LUNNumber of it
+	Order                     int     // as configured: lower is better, whoever comes up first
 	Open                      Opener
 	OpenAt                    OpenerAt // nil: no fencing through other portals, no self-test
 	Key                       uint64   // for FenceBy ByPreempt; the host's part is KeyOwner; 0: none
@@ -227,7 +231,10 @@ type PathConfig struct {
 // ErrRefused wraps every refusal of AddPath.
 var ErrRefused = errors.New("path refused")
 
-// AddPath adds a path and starts to connect it. info, if known, must match.
+// AddPath adds a path and starts to connect it: it serves when it has logged in and
+// proved to lead to the map's unit. info, if known, must match. The error wraps
+// ErrRefused (another disk, a path twice, too many, servers that must not share I/O),
+// or is ErrShutdown.
 func (g *Group) AddPath(pc PathConfig, info *initiator.LUInfo) (*Path, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -428,7 +435,8 @@ func (g *Group) within(d time.Duration) (context.Context, context.CancelFunc) {
 	return ctx, func() { stop(); cancel() }
 }
 
-// Close ends all paths and fails what still waits with ErrShutdown.
+// Close ends all paths and fails what still waits with ErrShutdown. Sessions log out,
+// side by side. It returns when nothing of the map runs any more.
 func (g *Group) Close(ctx context.Context) {
 	g.mu.Lock()
 	if g.closed {

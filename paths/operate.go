@@ -156,7 +156,8 @@ func (g *Group) removePath(p *Path, left int) bool {
 	return true
 }
 
-// FailPath takes a path out of service until ReinstatePath.
+// FailPath takes a path, by name or URL, out of service until ReinstatePath: its
+// session is cut and what was in flight moves. The error: there is no such path.
 func (g *Group) FailPath(name string) error {
 	p, err := g.path(name)
 	if err != nil {
@@ -176,7 +177,9 @@ func (g *Group) FailPath(name string) error {
 
 var errByHand = errors.New("failed by the operator")
 
-// ReinstatePath lets a path serve again, after login and identity check.
+// ReinstatePath lets a path, by name or URL, serve again, after login and identity
+// check, which it does not wait for. It ends FailPath and the exile of a path that led
+// to another disk. The error: there is no such path.
 func (g *Group) ReinstatePath(name string) error {
 	p, err := g.path(name)
 	if err != nil {

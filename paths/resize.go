@@ -9,9 +9,9 @@ import (
 
 // Resize modes (Config.AutoResize): what a change of capacity does by itself.
 const (
-	GrowOnly    = "grow_only" // the default
-	Never       = "never"
-	GrowAndCut  = "grow_shrink"
+	GrowOnly    = "grow_only"   // it grows; a smaller unit takes its paths out: the default
+	Never       = "never"       // only Resize changes the size
+	GrowAndCut  = "grow_shrink" // it follows both ways; what is beyond the new end is lost
 	errShrunk   = "%w: the unit has %d blocks, the map %d: if that was meant, run `mpathd resize MAP --force`"
 	errNoLive   = "map %s: no path is up to ask for the new size: `mpathd show paths` says why"
 	errStandby  = "map %s: the unit is in standby through all paths that are up, and does not tell its size"
@@ -40,8 +40,10 @@ func (p *Path) fits(info *initiator.LUInfo) error {
 	return SameLU(have, &seen, p.Target, p.Target, true)
 }
 
-// Resize takes over the capacity that all paths agree on: at least with force
-// also a smaller one. The paths are asked anew.
+// Resize takes over the capacity that all paths agree on, the least that one
+// reports; with force also a smaller one than the map's, whose end is then lost. The
+// paths are asked anew, CheckTimeout each. The error wraps ErrSameSize if there is
+// nothing to do, and says otherwise what is missing.
 func (g *Group) Resize(force bool) error {
 	least := g.agreed(true)
 	have := g.lu()

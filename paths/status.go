@@ -11,7 +11,8 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
-// MapStatus is one map of `show maps --json`.
+// MapStatus is one map of `show maps --json`, whose fields are added to and never
+// changed. Sizes are bytes, times what their names end with.
 type MapStatus struct {
 	Alias     string        `json:"alias"`
 	WWID      string        `json:"wwid"`
@@ -21,9 +22,9 @@ type MapStatus struct {
 	Size      int64         `json:"size"`
 	BlockSize int           `json:"block_size"`
 	ReadOnly  bool          `json:"read_only"`
-	State     string        `json:"state"`
-	Queueing  bool          `json:"queueing"`
-	Queued    int64         `json:"queued"`
+	State     string        `json:"state"`         // ok, degraded (a path is out), no_path (requests wait) or failed (they fail)
+	Queueing  bool          `json:"queueing"`      // whether requests wait when no path is left
+	Queued    int64         `json:"queued"`        // requests that wait for a path now
 	Failback  string        `json:"failback"`      // immediate, manual, followover or seconds
 	Retry     string        `json:"no_path_retry"` // queue, fail or a number of checks
 	GiveUpMS  int64         `json:"give_up_ms"`    // without a path: until queued I/O fails; 0: never, or it is not queued
@@ -87,10 +88,10 @@ type Safety struct {
 // UnfencedStatus is one old session that may still write.
 type UnfencedStatus struct {
 	Path   string `json:"path"`
-	ForMS  int64  `json:"for_ms"`
-	Writes int    `json:"writes"`
-	Blocks uint64 `json:"blocks"`
-	Whole  bool   `json:"whole_device"`
+	ForMS  int64  `json:"for_ms"`       // since the session died
+	Writes int    `json:"writes"`       // that it may still execute
+	Blocks uint64 `json:"blocks"`       // logical blocks of those
+	Whole  bool   `json:"whole_device"` // of an earlier run: it may have written anywhere
 	// Hopeless: no_path_retry is used up, what overlaps fails.
 	Hopeless bool `json:"hopeless"`
 }
@@ -112,15 +113,15 @@ func (l *ledger) status(c *Config, blockSize int) Safety {
 // NBDStatus is how the map is exported; the daemon fills it in.
 type NBDStatus struct {
 	Export      string `json:"export"`
-	Device      string `json:"device"`
-	Connections int    `json:"connections"`
+	Device      string `json:"device"`      // /dev/nbdX, or empty
+	Connections int    `json:"connections"` // the kernel's included
 }
 
 // PathCounts tells all paths, those that could serve, and those that do.
 type PathCounts struct {
 	Total  int `json:"total"`
-	Usable int `json:"usable"`
-	Active int `json:"active"`
+	Usable int `json:"usable"` // logged in and not failed by a check: suspect, ghost, delayed and shaky ones too
+	Active int `json:"active"` // that I/O is sent down now
 }
 
 // GroupStatus is one path group.
@@ -136,7 +137,7 @@ type GroupStatus struct {
 type PathStatus struct {
 	Name         string  `json:"name"`
 	URL          string  `json:"url"`
-	Trust        Trust   `json:"fence_test"` // reinstates, waits, untrusted, or empty when never tested
+	Trust        Trust   `json:"fence_test"` // reinstates, waits, drops, untrusted, or empty when never tested
 	Portal       string  `json:"portal"`
 	Target       string  `json:"target"`
 	LUN          uint64  `json:"lun"`
@@ -170,7 +171,8 @@ type PathStatus struct {
 	LastError    string  `json:"last_error"`
 }
 
-// Latency are percentiles in microseconds since start.
+// Latency are percentiles of successful commands since start, in microseconds: the
+// upper edge of a bucket that is a quarter of a power of two wide.
 type Latency struct {
 	P50 int64 `json:"p50"`
 	P99 int64 `json:"p99"`

@@ -22,9 +22,9 @@ type Load struct {
 }
 
 // Selector picks an index into loads (at least one) for an I/O of size bytes.
-// Pick is called from many goroutines at once.
+// Pick is called from many goroutines at once; loads is the caller's and not kept.
 type Selector interface {
-	Name() string
+	Name() string // with the number of arguments and those, as `show topology` prints it
 	Pick(loads []*Load, size int) int
 }
 
@@ -35,7 +35,8 @@ type Observer interface {
 }
 
 // New makes a selector from its multipath.conf spelling: a name, the number of
-// arguments, and the arguments. now is the monotonic clock, in ns.
+// arguments, and the arguments; empty is service-time. now is the monotonic clock, in
+// ns, for the one that measures. The error says which names or arguments there are.
 func New(spec string, now func() int64) (Selector, error) {
 	words := strings.Fields(spec)
 	name := ""

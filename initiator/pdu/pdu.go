@@ -98,7 +98,10 @@ const (
 	RejectWaitLogout     uint8 = 0x0c
 )
 
-// Header is a basic header segment. Multi-byte fields are big-endian.
+// Header is a basic header segment (RFC 7143 11.2.1). Multi-byte fields are
+// big-endian. Its methods read and set the fields of 11.3 to 11.19 by their names
+// there; each is meaningful only in the PDUs that have the field, named behind it
+// where that is not obvious. Lengths are bytes, LUNs raw (SAM-5 4.7).
 type Header [HeaderLen]byte
 
 func (h *Header) Opcode() Opcode                     { return Opcode(h[0] & 0x3f) }

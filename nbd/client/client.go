@@ -31,7 +31,9 @@ type call struct {
 	done chan error
 }
 
-// Dial connects and opens the export (OPT_EXPORT_NAME).
+// Dial connects and opens the export (proto.md, NBD_OPT_EXPORT_NAME); the empty name
+// is the server's default. A server says nothing of why it refuses this option: the
+// name may be wrong, or TLS wanted.
 func Dial(network, address, export string) (*Client, error) {
 	c, err := net.Dial(network, address)
 	if err != nil {
@@ -79,7 +81,7 @@ func (c *Client) Trims() bool { return c.flags&proto.SendTrim != 0 }
 // Size is the export's, in bytes.
 func (c *Client) Size() int64 { return c.size }
 
-// Close disconnects.
+// Close says goodbye (NBD_CMD_DISC) and disconnects; requests under way fail.
 func (c *Client) Close() error {
 	c.send(proto.Request{Type: proto.CmdDisc}, nil)
 	return c.c.Close()
@@ -152,12 +154,14 @@ func (c *Client) loop() error {
 	}
 }
 
-// ReadAt fills p from off; offsets and lengths are bytes, whole blocks.
+// ReadAt fills p from off; offsets and lengths are bytes, whole blocks, and p at most
+// proto.MaxPayload. The error is the server's errno or the connection's; the number
+// means nothing then.
 func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), c.do(proto.Request{Type: proto.CmdRead, Offset: uint64(off), Length: uint64(len(p))}, nil, p)
 }
 
-// WriteAt writes p at off.
+// WriteAt writes p at off, as ReadAt reads; p is the caller's again afterwards.
 func (c *Client) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), c.do(proto.Request{Type: proto.CmdWrite, Offset: uint64(off), Length: uint64(len(p))}, p, nil)
 }
@@ -167,7 +171,7 @@ func (c *Client) WriteFUA(p []byte, off int64) (int, error) {
 	return len(p), c.do(proto.Request{Type: proto.CmdWrite, Flags: proto.CmdFlagFUA, Offset: uint64(off), Length: uint64(len(p))}, p, nil)
 }
 
-// Flush makes completed writes durable.
+// Flush makes the writes durable that were answered before it.
 func (c *Client) Flush() error { return c.do(proto.Request{Type: proto.CmdFlush}, nil, nil) }
 
 // WriteZeroes zeroes n bytes at off.
@@ -175,7 +179,7 @@ func (c *Client) WriteZeroes(off int64, n uint32) error {
 	return c.do(proto.Request{Type: proto.CmdWriteZeroes, Offset: uint64(off), Length: uint64(n)}, nil, nil)
 }
 
-// Trim discards n bytes at off.
+// Trim discards n bytes at off: what they read as then is anything.
 func (c *Client) Trim(off int64, n uint32) error {
 	return c.do(proto.Request{Type: proto.CmdTrim, Offset: uint64(off), Length: uint64(n)}, nil, nil)
 }

@@ -45,7 +45,7 @@ const (
 	InfoBlockSize   uint16 = 3
 )
 
-// Transmission flags.
+// Transmission flags (proto.md, "Transmission flags").
 const (
 	HasFlags        uint16 = 1 << 0
 	ReadOnly        uint16 = 1 << 1
@@ -142,7 +142,8 @@ func PutExtendedChunk(b []byte, typ uint16, cookie, offset uint64, n int) {
 	be.PutUint64(b[24:], uint64(n))
 }
 
-// Errno is an NBD error value; the protocol fixes the numbers.
+// Errno is an NBD error value (proto.md, "Error values"); the protocol fixes the
+// numbers, whatever the system's are.
 type Errno uint32
 
 const (

@@ -20,21 +20,22 @@ import (
 
 // Path is what a prioritizer may look at and ask.
 type Path struct {
-	Doer          initiator.Doer
-	LUN           [8]byte
-	Info          *initiator.LUInfo // as seen through this path
+	Doer          initiator.Doer    // the path's session
+	LUN           [8]byte           // raw
+	Info          *initiator.LUInfo // as seen through this path; not to be changed
 	Name, Address string            // the path's name, host:port of its portal
 	Target        string            // target name
 }
 
-// Prio is one way to rank. Higher is better; an error leaves the path's
-// priority undefined.
+// Prio is one way to rank. Higher is better, 0 the least; an error leaves the path's
+// priority undefined. It may ask the unit, and waits until ctx ends.
 type Prio interface {
-	Name() string
+	Name() string // as in the option prio
 	Prio(ctx context.Context, p Path) (int, error)
 }
 
-// Access is a Prio that knows the asymmetric access state of a path too.
+// Access is a Prio that knows the asymmetric access state of a path too (SPC-4 5.15;
+// scsi.ActiveOptimized and so on), from one and the same answer.
 type Access interface {
 	Access(ctx context.Context, p Path) (prio int, state uint8, err error)
 }
@@ -42,7 +43,8 @@ type Access interface {
 // Names are those that New knows; sysfs is alua here, netapp is ontap.
 var Names = []string{"const", "alua", "sysfs", "weightedpath", "path_latency", "random", "iet", "ontap", "netapp", "datacore", "emc", "rdac", "hds", "hp_sw"}
 
-// New makes a prioritizer from prio and prio_args.
+// New makes a prioritizer from prio and prio_args; an empty name is const. The error
+// says which names there are, or what the arguments should be.
 func New(name, args string) (Prio, error) {
 	switch name {
 	case "const", "":
