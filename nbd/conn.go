@@ -36,6 +36,7 @@ type conn struct {
 	s      *Server
 	x      *export
 	vec    sys.Writer
+	via    net.Listener // nil if it came without one
 	access Access
 	nth    uint64 // in the order in which the server got them
 	agreed agreed

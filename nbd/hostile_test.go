@@ -240,6 +240,25 @@ func TestClientsOfOtherNetworksKeepNobodyOut(t *testing.T) {
 	p.Close()
 }
 
+// A flood that comes over TCP keeps no client of the unix socket out.
+func TestSilentClientsOfOneListenerKeepNobodyOutOfAnother(t *testing.T) {
+	s, dial := twoExports(t, Config{MaxConnections: 1})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	go s.Serve(ln, Access{})
+	p := dial("")
+	p.hello(3)
+	for range 3 {
+		nc, err := net.Dial("tcp", ln.Addr().String())
+		require.NoError(t, err)
+		t.Cleanup(func() { nc.Close() })
+		(&peer{t, nc}).get(18) // it is in
+	}
+	p.Write(option(proto.OptExportName, []byte("disk")))
+	p.get(10)
+	p.reads(4096, 20*time.Second)
+}
+
 // All that one export's clients get is that export's, whatever they ask for
 // and however it ends.
 func TestNoReplyCarriesAnotherExportsData(t *testing.T) {

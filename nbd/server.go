@@ -25,7 +25,7 @@ import (
 // Config bounds a server.
 type Config struct {
 	Logger         *slog.Logger // nil: nothing is logged
-	MaxConnections int          // of one export, and in the handshake; default 64
+	MaxConnections int          // of one export, and in the handshake of one listener; default 64
 	MaxRequests    int          // in flight per connection, default 128
 	// TLS is what listeners with TLS offer. The kernel's own connections never use it.
 	TLS *tls.Config
@@ -114,8 +114,8 @@ type Server struct {
 	mu      sync.Mutex
 	exports map[string]*export // by name and alias
 	conns   map[*conn]struct{}
-	entered uint64  // connections so far
-	shaking []*conn // in the handshake, oldest first
+	entered uint64                   // connections so far
+	shaking map[net.Listener][]*conn // in the handshake, by where they came from, oldest first
 	lns     map[net.Listener]struct{}
 	stopped bool
 	alive   sync.WaitGroup
@@ -141,7 +141,7 @@ func NewServer(c Config) *Server {
 	if c.KernelBytes <= 0 {
 		c.KernelBytes = 16 << 20
 	}
-	return &Server{cfg: c, exports: map[string]*export{}, conns: map[*conn]struct{}{}, lns: map[net.Listener]struct{}{}}
+	return &Server{cfg: c, exports: map[string]*export{}, conns: map[*conn]struct{}{}, shaking: map[net.Listener][]*conn{}, lns: map[net.Listener]struct{}{}}
 }
 
 // Flags are the transmission flags that describe a device: nothing is
@@ -282,7 +282,7 @@ func (s *Server) Serve(ln net.Listener, a Access) error {
 			}
 			return err
 		}
-		if cn, ok := s.enter(c, a); ok { // in the order of arrival
+		if cn, ok := s.enter(c, ln, a); ok { // in the order of arrival
 			go s.serve(cn)
 		}
 	}
@@ -292,7 +292,7 @@ const handshakeTime = 10 * time.Second
 
 // ServeConn shakes hands and serves one client until it leaves. It owns c.
 func (s *Server) ServeConn(c net.Conn, a Access) {
-	if cn, ok := s.enter(c, a); ok {
+	if cn, ok := s.enter(c, nil, a); ok {
 		s.serve(cn)
 	}
 }
@@ -396,25 +396,26 @@ func (s *Server) isStopped() bool {
 
 // enter admits a client to the handshake, if it may come from its address. When
 // too many are in theirs the oldest one goes, so that a flood of silent clients
-// keeps no other out.
-func (s *Server) enter(c net.Conn, a Access) (*conn, bool) {
+// keeps no other out; those of another listener are no concern of it.
+func (s *Server) enter(c net.Conn, via net.Listener, a Access) (*conn, bool) {
 	if !a.welcomes(c) {
 		s.cfg.Logger.Warn("NBD client refused: its address is not allowed", "client", c.RemoteAddr().String())
 		c.Close()
 		return nil, false
 	}
-	cn, ok := s.enterAs(&conn{c: c, access: a})
+	cn, ok := s.enterAs(&conn{c: c, via: via, access: a})
 	if !ok {
 		c.Close()
 		return nil, false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.shaking) >= s.cfg.MaxConnections {
-		s.shaking[0].c.Close()
-		s.shaking = append(s.shaking[:0], s.shaking[1:]...)
+	old := s.shaking[via]
+	if len(old) >= s.cfg.MaxConnections {
+		old[0].c.Close()
+		old = append(old[:0], old[1:]...)
 	}
-	s.shaking = append(s.shaking, cn)
+	s.shaking[via] = append(old, cn)
 	return cn, true
 }
 
@@ -422,7 +423,7 @@ func (s *Server) enter(c net.Conn, a Access) (*conn, bool) {
 func (s *Server) known(cn *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.shaking = slices.DeleteFunc(s.shaking, func(have *conn) bool { return have == cn })
+	s.shaking[cn.via] = slices.DeleteFunc(s.shaking[cn.via], func(have *conn) bool { return have == cn })
 }
 
 func (s *Server) enterAs(cn *conn) (*conn, bool) {

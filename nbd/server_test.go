@@ -510,7 +510,7 @@ func FuzzTransmission(f *testing.F) {
 		sc, err := ln.Accept()
 		require.NoError(t, err)
 		done := make(chan struct{})
-		cn, ok := s.enter(sc, Access{})
+		cn, ok := s.enter(sc, nil, Access{})
 		require.True(t, ok)
 		cn.agreed = agreed{structured: extended, extended: extended}
 		x := s.find("disk")
