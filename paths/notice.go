@@ -101,14 +101,16 @@ func (g *Group) unitReset(target string, by *Path) {
 func (p *Path) answer(ctx context.Context, s Session, info *initiator.LUInfo) (*initiator.LUInfo, error) {
 	bits := p.asks.Swap(0)
 	log := p.g.log.With("path", p.Name)
-	if bits&askEvent != 0 {
+	if bits&askEvent != 0 && seldom(&p.eventTold) {
 		log.Info("the target sent an asynchronous event that asks for nothing", "event", p.event.Load())
 	}
-	if bits&askThin != 0 {
+	if bits&askThin != 0 && seldom(&p.thinTold) {
 		log.Warn("the unit's thin pool runs full: add space before writes fail", "sense", scsi.Sense{Valid: true, Key: scsi.KeyUnitAttention, ASC: 0x38, ASCQ: 0x07}.String())
 	}
 	if bits&askDeferred != 0 {
-		log.Error("a write that was acknowledged before has failed in the unit: the next flush fails, check the data")
+		if seldom(&p.deferredTold) {
+			log.Error("a write that was acknowledged before has failed in the unit: the next flush fails, check the data")
+		}
 		p.g.saveLoss()
 	}
 	if bits&askRescan != 0 {
@@ -156,15 +158,22 @@ func (p *Path) clearACA(ctx context.Context, s Session) error {
 	return c.ClearACA(ctx, p.LUN)
 }
 
-const startEvery = time.Minute
+// seldom tells, once a minute, that it is time for what a target may ask for, or
+// make us log, at any pace.
+func seldom(last *time.Time) bool {
+	if !last.IsZero() && time.Since(*last) < time.Minute {
+		return false
+	}
+	*last = time.Now()
+	return true
+}
 
 // startUnit sends START STOP UNIT to a unit that asks for it, once a minute. A
 // unit with asymmetric access is left alone: starting it may move it.
 func (p *Path) startUnit(ctx context.Context, s Session, info *initiator.LUInfo) {
-	if info.TPGS != 0 || !p.startTried.IsZero() && time.Since(p.startTried) < startEvery {
+	if info.TPGS != 0 || !seldom(&p.startTried) {
 		return
 	}
-	p.startTried = time.Now()
 	ctx, cancel := context.WithTimeout(ctx, p.g.cfg().CheckTimeout)
 	defer cancel()
 	if err := initiator.StartUnit(ctx, s, p.LUN); err != nil {

@@ -53,7 +53,10 @@ type Path struct {
 	checkDue      atomic.Int64  // when that is, ns as now() counts
 	asks          atomic.Uint32 // see ask
 	event         atomic.Uint32 // the last asynchronous event without consequence
-	startTried    time.Time     // used by routine only
+	startTried    time.Time     // this and the next three are used by routine only, see seldom
+	eventTold     time.Time
+	thinTold      time.Time
+	deferredTold  time.Time
 	blamed        atomic.Bool   // an I/O failed the path, not its session
 
 	amu   sync.Mutex

@@ -416,10 +416,15 @@ func (p *Path) watch(ctx context.Context, s Session, info *initiator.LUInfo) {
 		iv.Min, iv.Max = c.PollingInterval, c.MaxPollingInterval
 		return iv.Next(steady)
 	}
-	wait := next(false)
-	for {
+	// The next check is due then, however often a chatty target asks for something
+	// else before.
+	plan := func(wait time.Duration) time.Time {
 		p.checkEvery.Store(int64(wait))
 		p.checkDue.Store(now() + int64(wait))
+		return time.Now().Add(coalesce.Delay(wait))
+	}
+	due := plan(next(false))
+	for {
 		select {
 		case <-s.Done():
 			return
@@ -437,7 +442,7 @@ func (p *Path) watch(ctx context.Context, s Session, info *initiator.LUInfo) {
 			}
 			info = seen
 			continue
-		case <-time.After(coalesce.Delay(wait)):
+		case <-time.After(time.Until(due)):
 		}
 		v := p.check(ctx, s, false)
 		p.g.mu.Lock()
@@ -484,10 +489,11 @@ func (p *Path) watch(ctx context.Context, s Session, info *initiator.LUInfo) {
 			p.g.mu.Unlock()
 			p.rankAndPublish(ctx, s, info)
 		}
-		wait = next(v.State == checker.Up && !changed)
+		wait := next(v.State == checker.Up && !changed)
 		if v.State == checker.Pending {
 			wait = min(wait, time.Second)
 		}
+		due = plan(wait)
 	}
 }
 
