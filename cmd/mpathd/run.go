@@ -134,6 +134,9 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			if len(o.Targets) == 0 && len(o.Discover) == 0 {
+				if file != "" {
+					return fmt.Errorf("configuration %s names no target: give its section `initiator` a `target` or a portal to `discover`, or give PATH-URLs", file)
+				}
 				return usageError{errors.New("nothing to do: give PATH-URLs, or a configuration whose initiator section names targets or portals to discover")}
 			}
 			att, err := attacher(attachTo, connections, func() []string { return pinned(effective.Load()) })
