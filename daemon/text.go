@@ -94,12 +94,20 @@ func writePaths(out io.Writer, m *Maps) {
 	for _, x := range m.Maps {
 		for _, g := range x.Groups {
 			for _, p := range g.Paths {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, orDash(string(p.Trust)), p.LastError)
+				fmt.Fprintf(w, "%s\t%s\t%s\t%v\t%s\t%d\t%d\t%d\t%dus\t%dus\t%s\t%s\n", p.Name, x.Alias, p.State, p.Serving, p.CheckerState, p.IOs, p.Errors, p.Failures, p.Latency.P50, p.Latency.P99, orDash(string(p.Trust)), trouble(p))
 			}
 		}
 	}
 	w.Flush()
 	writeNotes(out, m)
+}
+
+// trouble is what keeps a path down, or back, in words.
+func trouble(p paths.PathStatus) string {
+	if p.LastError == "" && p.Gray != "" {
+		return "gray: " + p.Gray
+	}
+	return p.LastError
 }
 
 // writeNotes tells what needs attention.
