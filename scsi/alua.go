@@ -53,10 +53,10 @@ func AccessStateText(s uint8) string {
 
 // PortGroup is one descriptor of REPORT TARGET PORT GROUPS.
 type PortGroup struct {
-	ID        uint16
-	State     uint8
-	Preferred bool
-	Supported uint8 // bits of the states that exist, as on the wire
+	ID        uint16 // target port group, as in page 83
+	State     uint8  // ActiveOptimized and so on
+	Preferred bool   // PREF
+	Supported uint8  // bits of the states that exist, as on the wire
 	Ports     []uint16
 }
 

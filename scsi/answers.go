@@ -6,10 +6,10 @@ import (
 	"strings"
 )
 
-// Inquiry data (SPC-4 6.6.2).
+// InquiryData is standard INQUIRY data (SPC-4 6.6.2).
 type InquiryData struct {
-	Qualifier, Type           uint8
-	Version                   uint8
+	Qualifier, Type           uint8  // peripheral; 0 and 0 are a disk that is there
+	Version                   uint8  // of SPC: 6 is SPC-4
 	TPGS                      uint8  // asymmetric access: TPGSImplicit, TPGSExplicit or both
 	Vendor, Product, Revision string // blanks trimmed at the right
 	rawVendor, rawProduct     string
@@ -64,13 +64,13 @@ func ParseVPD80(b []byte) (string, error) {
 
 // BlockLimits is VPD page B0 (SBC-3 6.6.4), in logical blocks; 0 is unlimited or unknown.
 type BlockLimits struct {
-	OptimalGranularity        uint16
-	MaxTransfer, OptTransfer  uint32
-	MaxUnmapLBAs, MaxUnmapCnt uint32
-	UnmapGranularity          uint32
+	OptimalGranularity        uint16 // transfers that are no multiple are slow
+	MaxTransfer, OptTransfer  uint32 // of one READ or WRITE
+	MaxUnmapLBAs, MaxUnmapCnt uint32 // of one UNMAP; Cnt counts descriptors
+	UnmapGranularity          uint32 // less than that is not unmapped
 	UnmapAlignment            uint32 // of the first granule; 0 if the unit does not tell
-	MaxWriteSame              uint64
-	NonZeroSame               bool // WSNZ: WRITE SAME of "0 blocks, all there are" is refused
+	MaxWriteSame              uint64 // of one WRITE SAME
+	NonZeroSame               bool   // WSNZ: WRITE SAME of "0 blocks, all there are" is refused
 }
 
 // ParseBlockLimits reads page B0; short pages leave the later fields 0.
@@ -103,7 +103,8 @@ func ParseRotational(b []byte) (bool, error) {
 	return be.Uint16(p) != 1, nil
 }
 
-// Provisioning is VPD page B2 (SBC-3 6.6.5).
+// Provisioning is VPD page B2 (SBC-3 6.6.5): LBPU, UNMAP works; LBPWS, WRITE SAME (16)
+// with its UNMAP bit does.
 type Provisioning struct{ Unmap, WriteSame bool }
 
 // ParseProvisioning reads page B2: LBPU and LBPWS.
@@ -115,12 +116,12 @@ func ParseProvisioning(b []byte) (Provisioning, error) {
 	return Provisioning{Unmap: p[1]&0x80 != 0, WriteSame: p[1]&0x40 != 0}, nil
 }
 
-// Capacity is what READ CAPACITY says.
+// Capacity is what READ CAPACITY says (SBC-3 5.15, 5.16).
 type Capacity struct {
-	Blocks        uint64
-	BlockSize     int  // bytes
-	PhysicalBlock int  // bytes
-	Thin, Zeroes  bool // LBPME, LBPRZ
+	Blocks        uint64 // logical blocks: the last LBA and one
+	BlockSize     int    // bytes, a power of two from 512 to 65536
+	PhysicalBlock int    // bytes
+	Thin, Zeroes  bool   // LBPME, LBPRZ
 }
 
 // ParseReadCapacity16 reads READ CAPACITY (16) data (SBC-3 5.16.2).
@@ -162,7 +163,8 @@ func capacity(last uint64, size uint32, exp, flags uint8) (Capacity, error) {
 	return Capacity{Blocks: last + 1, BlockSize: int(size), PhysicalBlock: phys, Thin: flags&0x80 != 0, Zeroes: flags&0x40 != 0}, nil
 }
 
-// Caching is the caching mode page with the device-specific parameter.
+// Caching is the caching mode page (SBC-3 6.5.5) with the device-specific parameter
+// before it (6.5.1): WCE, WP and DPOFUA.
 type Caching struct{ WriteProtected, DPOFUA, WriteCache bool }
 
 // ParseModeCaching reads MODE SENSE (6) data that asked for page 08 or 3F (SBC-3 6.5.5).

@@ -9,13 +9,15 @@ const (
 	Anchored    uint8 = 2
 )
 
-// LBARun is blocks of one provisioning status.
+// LBARun is a run of blocks of one provisioning status; it begins where the run
+// before it ends.
 type LBARun struct {
-	Blocks uint64
-	Status uint8
+	Blocks uint64 // logical blocks, at least one
+	Status uint8  // Mapped, Deallocated or Anchored
 }
 
-// GetLBAStatus builds GET LBA STATUS (SBC-3 5.4).
+// GetLBAStatus builds GET LBA STATUS (SBC-3 5.4) from block lba on, for an answer of at
+// most alloc bytes: 8, and 16 for each run.
 func GetLBAStatus(lba uint64, alloc uint32) (c CDB) {
 	c[0], c[1] = OpServiceIn16, 0x12
 	be.PutUint64(c[2:], lba)

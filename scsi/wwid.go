@@ -8,13 +8,13 @@ import (
 
 // Designator is one entry of VPD page 83 (SPC-4 7.8.6).
 type Designator struct {
-	Association uint8 // 0 logical unit, 1 target port, 2 target device
-	Type        uint8 // 0 vendor, 1 T10, 2 EUI-64, 3 NAA, 8 SCSI name, ...
-	CodeSet     uint8 // 1 binary, 2 ASCII, 3 UTF-8
-	ID          []byte
+	Association uint8  // 0 logical unit, 1 target port, 2 target device
+	Type        uint8  // 0 vendor, 1 T10, 2 EUI-64, 3 NAA, 8 SCSI name, ...
+	CodeSet     uint8  // 1 binary, 2 ASCII, 3 UTF-8
+	ID          []byte // of the page that was parsed, not a copy
 }
 
-// Designator types.
+// Designator types (SPC-4 7.8.6.1).
 const (
 	TypeVendor   uint8 = 0
 	TypeT10      uint8 = 1

@@ -83,7 +83,8 @@ func isClosed(c <-chan struct{}) bool {
 const drainTime = 2 * time.Second
 
 // Open begins a session on the device, which no file system, mapping or other
-// process may hold.
+// process may hold: it is opened with O_EXCL and O_DIRECT. It waits two seconds for I/O
+// that an earlier session left in the kernel, and fails if that is still there.
 func (d *Disk) Open(ctx context.Context, o Options) (*Session, error) {
 	if err := d.sessions.drain(ctx); err != nil {
 		return nil, err
@@ -134,7 +135,7 @@ func Inquire(ctx context.Context, file string) (*Inquirer, error) {
 // Do runs a control command (initiator.Doer).
 func (q *Inquirer) Do(ctx context.Context, c *initiator.Command) error { return q.s.Do(ctx, c) }
 
-// Close ends it.
+// Close lets go of the device.
 func (q *Inquirer) Close() { q.s.Close(context.Background()) }
 
 // blockDevice is a SCSI disk of the kernel.

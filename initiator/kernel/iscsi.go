@@ -45,8 +45,10 @@ const (
 // deviceTime is how long the kernel may take to show the disk of a session.
 const deviceTime = 10 * time.Second
 
-// Open logs in and hands the connection to the kernel. c.Dial must give TCP
-// connections.
+// Open logs in and hands the connection to the kernel, which then shows a disk; ctx
+// bounds all of it. c.Dial must give TCP connections. It first waits two seconds for
+// I/O that an earlier session left in the kernel, and removes kernel sessions of the same
+// target and ISID that a crash left. Errors as those of initiator.Open, or the kernel's.
 func (t *ISCSI) Open(ctx context.Context, c initiator.Config) (*Session, error) {
 	if err := t.sessions.drain(ctx); err != nil {
 		return nil, err

@@ -58,7 +58,7 @@ type Options struct {
 	// serve it here any more, else the connection is replaced.
 	Serve  func(net.Conn) error
 	Ctx    context.Context // when it ends no connection is replaced; default: never
-	Logger *slog.Logger
+	Logger *slog.Logger    // nil: nothing is logged
 }
 
 func (o *Options) defaults() {
@@ -74,7 +74,8 @@ func (o *Options) defaults() {
 	o.Connections = max(1, min(o.Connections, MaxConnections, runtime.NumCPU()))
 }
 
-// Device is an attached kernel device.
+// Device is an attached kernel device (drivers/block/nbd.c). It outlives the process
+// until Disconnect.
 type Device struct {
 	index   int
 	backend string
@@ -88,7 +89,8 @@ const MaxConnections = 16
 // Path is the device node.
 func (d *Device) Path() string { return fmt.Sprintf("/dev/nbd%d", d.index) }
 
-// Available tells whether this kernel has NBD over netlink, and if not, why.
+// Available is nil if this kernel has NBD over generic netlink (nbd_genl_*,
+// include/uapi/linux/nbd-netlink.h), else why not and what to do.
 func Available() error {
 	c, _, err := dial()
 	if err != nil {
