@@ -57,7 +57,7 @@ type Path struct {
 	eventTold     time.Time
 	thinTold      time.Time
 	deferredTold  time.Time
-	blamed        atomic.Bool   // an I/O failed the path, not its session
+	blamed        atomic.Bool // an I/O failed the path, not its session
 
 	amu   sync.Mutex
 	free  *attempt
