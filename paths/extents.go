@@ -9,11 +9,16 @@ import (
 	"github.com/mpathd/mpathd/scsi"
 )
 
-const extentsTime = 5 * time.Second // after which everything counts as data
+const (
+	extentsTime   = 5 * time.Second // after which everything counts as data
+	extentsAtOnce = 4               // questions to the unit
+)
 
 // Extents tells where the unit holds data (block.Mapper), by GET LBA STATUS on
 // a serving path. A unit that does not know, and a path that does not answer,
-// make everything data: that is always true.
+// make everything data: that is always true. Few ask at a time: clients may have
+// thousands of questions, which would fill the path's window and keep I/O and the
+// checker out.
 func (g *Group) Extents(ctx context.Context, off, n int64, limit int) []block.Extent {
 	all := []block.Extent{{Len: n}}
 	l := g.lu()
@@ -21,12 +26,18 @@ func (g *Group) Extents(ctx context.Context, off, n int64, limit int) []block.Ex
 	if !l.Unmap || g.noStatus.Load() || len(t.paths) == 0 || limit < 1 {
 		return all
 	}
+	ctx, cancel := context.WithTimeout(ctx, extentsTime)
+	defer cancel()
+	select {
+	case g.mapping <- struct{}{}:
+		defer func() { <-g.mapping }()
+	case <-ctx.Done():
+		return all
+	}
 	box := t.paths[0].current.Load()
 	if box == nil {
 		return all
 	}
-	ctx, cancel := context.WithTimeout(ctx, extentsTime)
-	defer cancel()
 	bs := int64(l.BlockSize)
 	runs, err := initiator.LBAStatus(ctx, box.Session, t.paths[0].LUN, uint64(off/bs), limit)
 	if err != nil {

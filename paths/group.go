@@ -43,8 +43,9 @@ type Group struct {
 	log    *slog.Logger
 	maxIO  atomic.Int64 // bytes per command
 
-	noStatus        atomic.Bool // the unit does not know GET LBA STATUS
-	noUnmap, noSame atomic.Bool // the unit turned out not to know these
+	noStatus        atomic.Bool   // the unit does not know GET LBA STATUS
+	mapping         chan struct{} // full while as many ask for it as may: see Extents
+	noUnmap, noSame atomic.Bool   // the unit turned out not to know these
 	table           atomic.Pointer[table]
 	everyPath       atomic.Pointer[[]*Path]
 	through         atomic.Bool // writes are sent with FUA: no server keeps any that another cannot flush
@@ -130,7 +131,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 		return nil, err
 	}
 	c = pol.Config
-	g := &Group{begun: time.Now(), log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), quiet: map[string]int{}, testing: make(chan struct{}, 1)}
+	g := &Group{begun: time.Now(), log: c.Logger.With("map", c.Alias), stop: make(chan struct{}), quiet: map[string]int{}, testing: make(chan struct{}, 1), mapping: make(chan struct{}, extentsAtOnce)}
 	g.ledger.omit = c.LeaveOut
 	if g.targets = c.Targets; g.targets == nil {
 		g.targets = NewTargets()
