@@ -47,7 +47,7 @@ func (n *names) dial(ctx context.Context, network, address string) (net.Conn, er
 			return nil, err
 		}
 		n.mu.Lock()
-		n.known[host] = addrs
+		n.remember(host, addrs)
 		n.mu.Unlock()
 	}
 	for i, a := range addrs {
@@ -64,6 +64,17 @@ func (n *names) dial(ctx context.Context, network, address string) (net.Conn, er
 	}
 	n.again(host)
 	return nil, err
+}
+
+// maxNames is how many names are known at a time: a target may redirect each
+// login to another one.
+const maxNames = 1024
+
+// remember keeps the addresses of a name, if there is room. Caller holds mu.
+func (n *names) remember(host string, addrs []netip.Addr) {
+	if n.known[host] != nil || len(n.known) < maxNames {
+		n.known[host] = addrs
+	}
 }
 
 // lookupTime bounds a lookup that nobody waits for.
@@ -85,7 +96,7 @@ func (n *names) again(host string) {
 		defer n.mu.Unlock()
 		delete(n.busy, host)
 		if err == nil && len(addrs) > 0 {
-			n.known[host] = addrs
+			n.remember(host, addrs)
 		}
 	}()
 }

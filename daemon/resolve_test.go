@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"sync/atomic"
@@ -60,4 +61,21 @@ func TestReconnectsAskNoNameServer(t *testing.T) {
 	require.NoError(t, err)
 	c.Close()
 	require.Equal(t, []string{"127.0.0.1:" + port}, tried, "the new address is not used")
+}
+
+// A target that redirects to ever new names costs no more memory than that.
+func TestNamesOfRedirectsDoNotPileUp(t *testing.T) {
+	n := newNames()
+	n.lookup = func(context.Context, string) ([]netip.Addr, error) {
+		return []netip.Addr{netip.MustParseAddr("127.0.0.1")}, nil
+	}
+	n.connect = func(context.Context, string, string) (net.Conn, error) {
+		c, _ := net.Pipe()
+		return c, nil
+	}
+	for i := range 10 * maxNames {
+		_, err := n.dial(t.Context(), "tcp", fmt.Sprintf("n%d.example:3260", i))
+		require.NoError(t, err)
+	}
+	require.Len(t, n.known, maxNames)
 }
