@@ -29,6 +29,7 @@ type fake struct {
 	mute   chan struct{} // SG_IO too
 	errno  error         // of READ and WRITE
 	host   uint16        // of SG_IO
+	short  int           // bytes at the end that SG_IO leaves out of data, with GOOD status
 	answer []byte        // sense that SG_IO answers next
 	sgs    []scsi.CDB
 	resets int
@@ -94,10 +95,11 @@ func (f *fake) sg(r *sys.SGRequest) error {
 		f.answer = nil
 	case isData(r.CDB[0]):
 		lba, _, _ := extent(&r.CDB)
-		if r.Direction == sys.SGOut {
-			copy(f.disk[lba*bs:], r.Data)
+		n := len(r.Data) - f.short
+		if r.Residual = f.short; r.Direction == sys.SGOut {
+			copy(f.disk[lba*bs:], r.Data[:n])
 		} else {
-			copy(r.Data, f.disk[lba*bs:])
+			copy(r.Data[:n], f.disk[lba*bs:])
 		}
 	case r.CDB[0] == scsi.OpReadCapacity10:
 		binary.BigEndian.PutUint32(r.Data, uint32(len(f.disk)/bs-1))
@@ -176,6 +178,25 @@ func TestReadsSeeWhatWasWritten(t *testing.T) {
 		require.Empty(t, f.sgs, "data does not go through SG_IO")
 		require.NoError(t, s.Close(ctx))
 		require.True(t, f.closed)
+	})
+}
+
+// The unit ends a command with GOOD status and less data than it was asked for:
+// what the buffer held before is not the disk's.
+func TestShortAnswersAreNoData(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFake(1024)
+		s, _ := begin(f, Options{})
+		ctx := context.Background()
+		require.NoError(t, s.Do(ctx, rw(true, 0, filled(8*bs, 0xee)))) // what is left in the buffer
+		f.set(func() { f.errno, f.short = syscall.EIO, bs })
+		r := rw(false, 100, make([]byte, 8*bs))
+		require.ErrorIs(t, s.Do(ctx, r), initiator.ErrShort)
+		require.NotContains(t, r.Data, byte(0xee))
+		// A write beyond the end that the kernel knows goes to the unit at once.
+		f.set(func() { f.errno, f.size = nil, 8*bs })
+		require.ErrorIs(t, s.Do(ctx, rw(true, 100, filled(8*bs, 1))), initiator.ErrShort)
+		require.NoError(t, s.Close(ctx))
 	})
 }
 

@@ -224,7 +224,9 @@ func (w *worker) ask(cdb scsi.CDB, dir initiator.Direction, data []byte, cause e
 		}
 		lba += uint64(blocks)
 		w.out = w.pass(c, dir, part)
-		if r := &w.out.res; w.out.lost != nil || r.Err != nil || r.Status != scsi.StatusGood {
+		r := &w.out.res
+		short := r.Residual > 0 && (dir == initiator.DataIn || beyond) // the kernel lets it pass; else see below
+		if w.out.lost != nil || r.Err != nil || r.Status != scsi.StatusGood || short {
 			if w.out.lost != nil {
 				w.out.lost = fmt.Errorf("%w (after %w)", w.out.lost, cause)
 			}
