@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"crypto/tls"
+	"net"
 	"net/netip"
 	"testing"
 
@@ -70,4 +71,22 @@ func TestWhatIsHiddenIsUnknown(t *testing.T) {
 	}
 	_, err = ParseWithout([]string{"tls"})
 	require.ErrorContains(t, err, "want structured")
+}
+
+// from is a connection of a client at an address.
+type from struct {
+	net.Conn
+	at string
+}
+
+func (f from) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(f.at)) }
+
+func TestAllowedNetworks(t *testing.T) {
+	a := Access{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fe80::/64")}}
+	for at, welcome := range map[string]bool{
+		"10.1.2.3:1": true, "[::ffff:10.1.2.3]:1": true, "11.0.0.1:1": false,
+		"[fe80::1%eth0]:1": true, "[fe80:0:0:1::1%eth0]:1": false,
+	} {
+		require.Equal(t, welcome, a.welcomes(from{at: at}), at)
+	}
 }

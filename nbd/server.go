@@ -327,7 +327,7 @@ func (a Access) welcomes(c net.Conn) bool {
 	if !ok || len(a.Allow) == 0 {
 		return true
 	}
-	ip := at.AddrPort().Addr().Unmap()
+	ip := at.AddrPort().Addr().Unmap().WithZone("") // no prefix contains an address with a zone
 	return slices.ContainsFunc(a.Allow, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
