@@ -228,6 +228,55 @@ func (d *Daemon) discoverNow(p Discovery) {
 		return
 	}
 	d.add(p, found)
+	d.forget(p, found)
+}
+
+// forget ends following the targets that p named once and names no longer, unless
+// somebody else names them or paths lead there: a portal whose targets come and go
+// would leave one more behind each time.
+func (d *Daemon) forget(p Discovery, found initiator.Discovered) {
+	named := map[string]bool{}
+	for _, t := range found.Targets {
+		for _, at := range t.Portals {
+			u := initiator.TargetURL(at, t.Name)
+			u.Credentials = p.Credentials
+			named[u.String()] = true
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, u := range d.o.Targets {
+		named[u.String()] = true
+	}
+	for _, text := range d.o.URLs {
+		if u, err := initiator.ParseURL(text); err == nil {
+			named[u.String()] = true
+		}
+	}
+	var there []paths.PathConfig
+	for _, m := range d.maps {
+		for _, g := range m.group.Snapshot().Groups {
+			for _, q := range g.Paths {
+				there = append(there, paths.PathConfig{URL: q.URL})
+			}
+		}
+	}
+	d.urls = slices.DeleteFunc(d.urls, func(u initiator.URL) bool {
+		s := u.String()
+		by := d.foundAt[s]
+		if !by[p.Address] || named[s] || slices.ContainsFunc(there, func(pc paths.PathConfig) bool { return leadsTo(u, pc) }) {
+			return false
+		}
+		if delete(by, p.Address); len(by) > 0 {
+			return false
+		}
+		d.following[s].stop()
+		delete(d.following, s)
+		delete(d.foundAt, s)
+		delete(d.pending, s)
+		d.homes.Delete(u.Address + "/" + u.Target)
+		return true
+	})
 }
 
 // add begins to bring up what a portal named. Each portal of each target is a

@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -156,6 +157,43 @@ func TestATargetThatIsDroppedStaysDropped(t *testing.T) {
 	s := d.Snapshot()
 	require.Equal(t, 1, s.Maps[0].Paths.Total)
 	require.Empty(t, s.Pending, "the one that never answered is forgotten too")
+}
+
+// A portal that names other targets each time, as those do that make one for each
+// volume, leaves no more to follow than it names and than there are paths to.
+func TestTargetsThatPortalsNameNoLongerAreForgotten(t *testing.T) {
+	t.Parallel()
+	_, _, urls := shelf(t, "a")
+	real, err := initiator.ParseURL(urls[0])
+	require.NoError(t, err)
+	d, _ := begin(t, Options{})
+	one, two := Discovery{Address: "192.0.2.1:3260"}, Discovery{Address: "192.0.2.2:3260"}
+	dead := unusedAddress(t)
+	names := func(targets ...string) (found initiator.Discovered) {
+		for _, name := range targets {
+			at := dead
+			if name == real.Target {
+				at = real.Address
+			}
+			found.Targets = append(found.Targets, initiator.DiscoveredTarget{Name: name, Portals: []initiator.Portal{{Address: at, Group: -1}}})
+		}
+		return found
+	}
+	rescan := func(p Discovery, found initiator.Discovered) { d.add(p, found); d.forget(p, found) }
+	rescan(one, names(real.Target, "iqn.2026-11.example:v0", "iqn.2026-11.example:both"))
+	rescan(two, names("iqn.2026-11.example:both"))
+	awaitMaps(t, d, map[string]int{"a": 1})
+	for i := range 50 {
+		rescan(one, names(fmt.Sprint("iqn.2026-11.example:v", i)))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	require.Len(t, d.following, 3)
+	require.Len(t, d.urls, 3)
+	require.Len(t, d.foundAt, 3)
+	require.Len(t, d.pending, 2)
+	require.Contains(t, d.pending, "iscsi://"+dead+"/iqn.2026-11.example:v49")
+	require.Contains(t, d.pending, "iscsi://"+dead+"/iqn.2026-11.example:both")
 }
 
 func TestPortalsThatAreDroppedTakeTheirTargetsAlong(t *testing.T) {
