@@ -48,7 +48,8 @@ type watch struct {
 	timer   *time.Timer
 	ticking sync.WaitGroup // the running tick
 	running bool
-	pace    uint32 // ticks that the timer runs for
+	pace    uint32    // ticks that the timer runs for
+	due     time.Time // when it has run so long: events may wake it before
 	ended   bool
 	lost    error // what the link lost, for the next tick
 	probe   bool  // the next tick pings
@@ -67,7 +68,8 @@ type watch struct {
 func (s *Session) startWatch() {
 	s.mu.Lock()
 	s.pace = s.nextPace()
-	s.timer = time.AfterFunc(s.paceTime(), s.tick)
+	s.due = time.Now().Add(s.paceTime())
+	s.timer = time.AfterFunc(time.Until(s.due), s.tick)
 	s.mu.Unlock()
 }
 
@@ -84,7 +86,8 @@ func (s *Session) stopWatch() {
 func (s *Session) watchClosely() {
 	if s.pace > 1 && !s.ended {
 		s.pace = 1
-		s.timer.Reset(s.paceTime())
+		s.due = time.Now().Add(s.paceTime())
+		s.timer.Reset(time.Until(s.due))
 	}
 }
 
@@ -148,18 +151,20 @@ func (s *Session) tick() {
 	}
 	lost, probe := s.lost, s.probe
 	s.lost, s.probe = nil, false
+	between := time.Now().Before(s.due)
 	s.mu.Unlock()
 	defer s.ticking.Done()
 
 	switch {
-	case lost != nil: // between ticks
+	case lost != nil:
 		s.seen, s.taken = s.rx.Load(), 0
 		s.silent, s.cause = max(s.silent, ticksDead-ticksSuspect), lost
 		s.suspect(lost)
 		s.sendPing()
 	case probe:
 		s.sendPing()
-	default:
+	}
+	if !between { // however many events came before, it is neither put off nor early
 		if s.ticks.Add(passed)%ticksScan == 0 && m.busy {
 			s.scan()
 		}
@@ -173,10 +178,13 @@ func (s *Session) tick() {
 		return
 	}
 	s.pace = s.nextPace()
+	if next := time.Now().Add(s.paceTime()); !between || next.Before(s.due) {
+		s.due = next
+	}
 	if s.lost != nil || s.probe {
 		s.timer.Reset(0)
 	} else {
-		s.timer.Reset(s.paceTime())
+		s.timer.Reset(time.Until(s.due))
 	}
 }
 

@@ -105,11 +105,36 @@ func TestSilenceTickByTick(t *testing.T) {
 	require.ErrorIs(t, s.Err(), errStalled)
 }
 
+// A network that has something to tell all the time, as it does while its routes
+// settle anew, changes nothing about when silence is death.
+func TestEventsOfTheNetworkNeitherDelayNorHurryAnEnd(t *testing.T) {
+	for _, every := range []time.Duration{time.Millisecond, 100 * time.Microsecond} {
+		s, _ := watched(t)
+		s.cfg.FailoverTime = 200 * time.Millisecond
+		s.startWatch()
+		began := time.Now()
+		s.sendPing()
+		tell := time.NewTicker(every)
+		for s.Err() == nil && time.Since(began) < 20*time.Second {
+			<-tell.C
+			s.mu.Lock()
+			s.probe = true
+			s.timer.Reset(0)
+			s.mu.Unlock()
+		}
+		tell.Stop()
+		s.stopWatch()
+		require.ErrorIs(t, s.Err(), errSilent)
+		require.GreaterOrEqual(t, time.Since(began), s.cfg.FailoverTime)
+		require.Less(t, time.Since(began), 3*time.Second)
+	}
+}
+
 func TestALostLinkCountsAtOnce(t *testing.T) {
 	s, told := watched(t)
 	s.timer = time.AfterFunc(time.Hour, func() {})
 	defer s.timer.Stop()
-	s.lost = errors.New("no carrier")
+	s.lost, s.due = errors.New("no carrier"), time.Now().Add(time.Hour)
 	s.tick()
 	require.Equal(t, []State{Suspect}, *told)
 	require.NotZero(t, s.ping)
