@@ -295,26 +295,19 @@ func (g *Group) hopeless(r *block.Request, act *Action) bool {
 	if act.Limit > 0 && r.Route.Refused > act.Limit {
 		return true
 	}
-	most := g.retryTime()
+	most := g.unitTime()
 	return most > 0 && now()-r.Route.PutOff > int64(most)
 }
 
-// retryTime is how long a request may go on with a unit that answers but does
+// unitTime is how long a request may go on with a unit that answers but does
 // not do it; 0 is for ever. It is never shorter than arrays need to move a unit.
-func (g *Group) retryTime() time.Duration {
+func (g *Group) unitTime() time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	if g.queuesForEver() {
 		return 0
 	}
-	c := g.cfg()
-	return max(leastRetryTime, time.Duration(c.NoPathRetry)*c.PollingInterval)
-}
-
-// queuesForEver tells whether the configuration, or the operator, wants nothing to
-// fail that can wait.
-func (g *Group) queuesForEver() bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.forced > 0 || g.forced == 0 && g.cfg().NoPathRetry == Queue
+	return max(leastRetryTime, g.cfg().retryTime())
 }
 
 const leastRetryTime = time.Minute

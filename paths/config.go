@@ -118,6 +118,19 @@ type policy struct {
 
 func (g *Group) cfg() *policy { return g.policy.Load() }
 
+// follow puts a policy in force, and tells who follows the one before.
+func (g *Group) follow(p policy) {
+	p.replaced = make(chan struct{})
+	if old := g.policy.Swap(&p); old != nil {
+		close(old.replaced)
+	}
+}
+
+// retryTime is how long no_path_retry lets I/O wait, if that is a number.
+func (c *Config) retryTime() time.Duration {
+	return time.Duration(c.NoPathRetry) * c.PollingInterval
+}
+
 // newPolicy checks a configuration for a unit and fills in defaults.
 func newPolicy(c Config, first *initiator.LUInfo) (*policy, error) {
 	p, err := c.policyFor(first.TPGS != 0)
@@ -156,7 +169,7 @@ func (c Config) policyFor(alua bool) (*policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &policy{c, chk, pr, sel, make(chan struct{})}, nil
+	return &policy{Config: c, checker: chk, prio: pr, selector: sel}, nil
 }
 
 // choose takes the default where nothing is chosen, and refuses what there is not.

@@ -52,10 +52,13 @@ func (g *Group) routineFence(e *epoch) {
 		if !running {
 			command = after(commandAfter)
 		}
-		if g.queuesForEver() {
+		g.mu.Lock()
+		forEver := g.queuesForEver()
+		g.mu.Unlock()
+		if forEver {
 			g.ledger.hope(e)
 		} else {
-			giveUp = after(max(c.FenceWait, time.Duration(c.NoPathRetry)*c.PollingInterval))
+			giveUp = after(max(c.FenceWait, c.retryTime()))
 		}
 	}
 	follow()
@@ -113,9 +116,9 @@ func (g *Group) fenceRequest(e *epoch) FenceRequest {
 // have to: the map is one that does not queue for ever.
 func (g *Group) despair(e *epoch) {
 	g.mu.Lock()
-	retry := g.retryText() // as it is now
+	forEver, retry := g.queuesForEver(), g.retryText() // as it is now
 	g.mu.Unlock()
-	if retry == "queue" {
+	if forEver {
 		return
 	}
 	g.ledger.mu.Lock()

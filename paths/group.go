@@ -148,7 +148,7 @@ func NewGroup(c Config, first *initiator.LUInfo) (*Group, error) {
 		g.loss.lose(now(), g.ledger.omit)
 		g.loss.saved = true
 	}
-	g.policy.Store(pol)
+	g.follow(*pol)
 	g.info.Store(first)
 	g.maxIO.Store(g.largest(first))
 	g.table.Store(&table{})
@@ -354,18 +354,26 @@ func (g *Group) publish() {
 // mindRetry begins the wait of no_path_retry where queueing is to end after it,
 // and ends it where it is not. Caller holds mu.
 func (g *Group) mindRetry() {
-	n := g.cfg().NoPathRetry
-	if n <= 0 || g.forced != 0 || g.failing || g.noPathSince.IsZero() || g.closed {
-		if g.giveUp != nil {
-			g.giveUp.Stop()
-			g.giveUp = nil
-		}
-		return
+	most, limited := g.retryLimit()
+	if !limited || g.failing || g.noPathSince.IsZero() || g.closed {
+		stopTimer(&g.giveUp)
+	} else if g.giveUp == nil {
+		g.giveUpAt = time.Now().Add(most)
+		g.giveUp = time.AfterFunc(most, g.stopQueueing)
 	}
-	if g.giveUp == nil {
-		wait := time.Duration(n) * g.cfg().PollingInterval
-		g.giveUpAt = time.Now().Add(wait)
-		g.giveUp = time.AfterFunc(wait, g.stopQueueing)
+}
+
+// retryLimit is how long I/O may wait for a path; false: for ever, or not at all.
+// Caller holds mu.
+func (g *Group) retryLimit() (most time.Duration, limited bool) {
+	c := g.cfg()
+	return c.retryTime(), c.NoPathRetry > 0 && g.forced == 0
+}
+
+func stopTimer(t **time.Timer) {
+	if *t != nil {
+		(*t).Stop()
+		*t = nil
 	}
 }
 
@@ -373,10 +381,7 @@ func (g *Group) mindRetry() {
 // It tells whether what is held can only fail now. Caller holds mu, and restarts
 // what waits.
 func (g *Group) retryAnew() (hopeless bool) {
-	if g.giveUp != nil {
-		g.giveUp.Stop()
-		g.giveUp = nil
-	}
+	stopTimer(&g.giveUp)
 	g.failing = false
 	g.mindRetry()
 	for r := g.parked; r != nil; r = r.Route.Next {
@@ -386,11 +391,18 @@ func (g *Group) retryAnew() (hopeless bool) {
 	return !g.noPathSince.IsZero() && !g.queueing()
 }
 
+// queuesForEver tells whether the operator's word, or else no_path_retry, is that
+// nothing fails that can wait. Caller holds mu.
+func (g *Group) queuesForEver() bool {
+	return g.forced > 0 || g.forced == 0 && g.cfg().NoPathRetry == Queue
+}
+
 // retryText is what holds without a path: the operator's word, or no_path_retry.
+// Caller holds mu.
 func (g *Group) retryText() string {
 	n := g.cfg().NoPathRetry
 	switch {
-	case g.forced > 0 || g.forced == 0 && n == Queue:
+	case g.queuesForEver():
 		return "queue"
 	case g.forced < 0 || n == Fail:
 		return "fail"

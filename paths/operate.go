@@ -26,9 +26,7 @@ func (g *Group) RestoreQueueing() { g.force(0, "queueing restored") }
 func (g *Group) force(how int, say string) {
 	g.mu.Lock()
 	g.forced = how
-	pol := *g.cfg() // the same, but fences have to look again
-	pol.replaced = make(chan struct{})
-	close(g.policy.Swap(&pol).replaced)
+	g.follow(*g.cfg()) // the same, but fences have to look again
 	hopeless := g.retryAnew()
 	retry := g.retryText()
 	g.mu.Unlock()
@@ -71,7 +69,7 @@ func (g *Group) Reconfigure(c Config) error {
 			}
 		}
 	}
-	close(g.policy.Swap(pol).replaced)
+	g.follow(*pol)
 	g.forgiveGray()
 	g.hedge()
 	g.maxIO.Store(g.largest(g.lu()))

@@ -132,20 +132,11 @@ func (g *Group) park(r *block.Request, p *block.Plug) bool {
 	return true
 }
 
-// parkedTime is how long a parked flush may wait; false: for ever. Caller holds mu.
-func (g *Group) parkedTime() (most time.Duration, limited bool) {
-	c := g.cfg()
-	return time.Duration(c.NoPathRetry) * c.PollingInterval, c.NoPathRetry > 0 && g.forced == 0
-}
-
 // timeParked sets the timer that ends the wait of the parked flush that waits for
 // longest. Caller holds mu.
 func (g *Group) timeParked() {
-	if g.giveUpFlush != nil {
-		g.giveUpFlush.Stop()
-		g.giveUpFlush = nil
-	}
-	most, limited := g.parkedTime()
+	stopTimer(&g.giveUpFlush)
+	most, limited := g.retryLimit()
 	if g.parked == nil || !limited || g.closed {
 		return
 	}
@@ -161,7 +152,7 @@ func (g *Group) failParked() {
 	var plug block.Plug
 	var over *block.Request
 	g.mu.Lock()
-	most, limited := g.parkedTime()
+	most, limited := g.retryLimit()
 	for at := &g.parked; limited && *at != nil; {
 		if r := *at; now()-r.Route.Parked < int64(most) {
 			at = &r.Route.Next
