@@ -238,43 +238,55 @@ func (g *Group) resetUnit(ctx context.Context, r resetter, e *epoch, lun [8]byte
 // answer until the write's session was given up, 30 s later.
 func (g *Group) pause(ctx context.Context) (resume func()) {
 	var targets []string
-	g.mu.Lock()
-	for _, p := range g.paths {
+	for _, p := range *g.everyPath.Load() {
 		if !slices.Contains(targets, p.Target) {
 			targets = append(targets, p.Target)
-			g.quiet[p.Target]++
+		}
+	}
+	g.still(targets...)
+	ctx, cancel := context.WithTimeout(ctx, pauseTime)
+	defer cancel()
+	untilQuiet(ctx, nil, func() bool {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return slices.ContainsFunc(*g.everyPath.Load(), func(p *Path) bool { return !p.suspect && p.load.InFlight.Load() > 0 })
+	})
+	return sync.OnceFunc(func() { g.speak(targets...) })
+}
+
+// still lets the map start no I/O to targets until as many calls of speak.
+func (g *Group) still(targets ...string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, t := range targets {
+		g.quiet[t]++
+	}
+	g.publish()
+}
+
+// speak takes back one call of still, and starts what waited.
+func (g *Group) speak(targets ...string) {
+	g.mu.Lock()
+	for _, t := range targets {
+		if g.quiet[t]--; g.quiet[t] <= 0 {
+			delete(g.quiet, t)
 		}
 	}
 	g.publish()
 	g.mu.Unlock()
-	busy := func() bool {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		return slices.ContainsFunc(*g.everyPath.Load(), func(p *Path) bool { return !p.suspect && p.load.InFlight.Load() > 0 })
-	}
-	ctx, cancel := context.WithTimeout(ctx, pauseTime)
-	defer cancel()
+	g.restart()
+}
+
+// untilQuiet waits until something is busy no more, for as long as ctx lasts, and
+// until over is closed, if it is not nil.
+func untilQuiet(ctx context.Context, over <-chan struct{}, busy func() bool) {
 	for busy() && ctx.Err() == nil {
 		select {
+		case <-over:
+			return
 		case <-ctx.Done():
 		case <-time.After(quietPoll):
 		}
-	}
-	return sync.OnceFunc(func() {
-		g.mu.Lock()
-		for _, t := range targets {
-			g.speak(t)
-		}
-		g.publish()
-		g.mu.Unlock()
-		g.restart()
-	})
-}
-
-// speak ends one wait of I/O to a target. Caller holds mu, and publishes.
-func (g *Group) speak(target string) {
-	if g.quiet[target]--; g.quiet[target] <= 0 {
-		delete(g.quiet, target)
 	}
 }
 
@@ -387,29 +399,15 @@ func (g *Group) endsSessions(target string, which ...any) {
 func (g *Group) hush(ctx context.Context, target string) (hushed []*Group, met []Session) {
 	hushed = g.targets.others(target)
 	for _, o := range hushed {
-		o.mu.Lock()
-		o.quiet[target]++
-		o.publish()
-		o.mu.Unlock()
-	}
-	busy := func() (n int64) {
-		for _, o := range hushed {
-			for _, p := range *o.everyPath.Load() {
-				if p.Target == target {
-					n += p.load.InFlight.Load()
-				}
-			}
-		}
-		return n
+		o.still(target)
 	}
 	ctx, cancel := context.WithTimeout(ctx, quietTime)
 	defer cancel()
-	for busy() > 0 && ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-		case <-time.After(quietPoll):
-		}
-	}
+	untilQuiet(ctx, nil, func() bool {
+		return slices.ContainsFunc(hushed, func(o *Group) bool {
+			return slices.ContainsFunc(*o.everyPath.Load(), func(p *Path) bool { return p.Target == target && p.load.InFlight.Load() > 0 })
+		})
+	})
 	for _, o := range hushed {
 		for _, p := range *o.everyPath.Load() {
 			if box := p.current.Load(); box != nil && p.Target == target {
@@ -452,9 +450,5 @@ func (g *Group) unhush(target string) {
 		case <-time.After(quietPoll):
 		}
 	}
-	g.mu.Lock()
 	g.speak(target)
-	g.publish()
-	g.mu.Unlock()
-	g.restart()
 }

@@ -397,15 +397,7 @@ func (p *Path) goodbye(s Session, info *initiator.LUInfo) {
 func (p *Path) awaitAnswers(ctx context.Context, s Session) {
 	ctx, cancel := context.WithTimeout(ctx, lastAnswers)
 	defer cancel()
-	for p.load.InFlight.Load() > 0 {
-		select {
-		case <-s.Done():
-			return
-		case <-ctx.Done():
-			return
-		case <-time.After(quietPoll):
-		}
-	}
+	untilQuiet(ctx, s.Done(), func() bool { return p.load.InFlight.Load() > 0 })
 }
 
 // watch runs the checker until the session ends or the group stops.
