@@ -73,7 +73,9 @@ func (p *Path) notice(n initiator.Notice) {
 		if act.Foreign && serving {
 			p.suspectForeign()
 		} else if act.Doubt || act.Foreign {
-			p.strange.CompareAndSwap(false, act.Foreign)
+			if act.Foreign {
+				p.strange.Store(true)
+			}
 			p.doubt()
 		}
 		p.ask(act.Ask)
